@@ -1,0 +1,1 @@
+"""dlrm_scale: train recommenders whose embedding tables outgrow one machine."""

@@ -1,0 +1,273 @@
+"""RunConfig: everything that decides a run, as one strict tree.
+
+`config_io` reads it from YAML and dotted overrides. A default stands here and nowhere else.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from dlrm_scale.features import FeatureSchema
+from dlrm_scale.strict import Strict
+
+Device = Literal["auto", "cpu", "cuda"]
+BagShardingType = Literal[
+    "data_parallel", "table_wise", "column_wise", "row_wise", "table_row_wise", "table_column_wise", "grid_shard"
+]
+SEQUENCE_SHARDING_TYPES = ("table_wise", "column_wise", "row_wise")  # TorchRec 1.8.0 shards an EmbeddingCollection no other way
+
+
+# ---------------------------------------------------------------- data
+class Split(Strict):
+    """Rows of one split: files in this order, and the part of their rows that counts."""
+
+    paths: tuple[str, ...] = Field(min_length=1, description="files or glob patterns, relative to the working directory")
+    rows: tuple[float, float] = Field((0.0, 1.0), description="from this fraction of all rows to that one")
+
+    @model_validator(mode="after")
+    def _check(self) -> "Split":
+        start, end = self.rows
+        if not 0 <= start < end <= 1:
+            raise ValueError(f"rows must be two fractions 0 <= start < end <= 1, but is [{start}, {end}]")
+        return self
+
+
+class SyntheticSource(Strict):
+    """Power-law ids for any schema, and labels from a known function: see data/synthetic.py."""
+
+    kind: Literal["synthetic"] = "synthetic"
+    num_train: int = Field(gt=0)
+    num_eval: int = Field(gt=0)
+    id_skew: float = Field(1.05, ge=0, description="exponent of the ids' power law; 0 is uniform")
+
+
+class ParquetSource(Strict):
+    kind: Literal["parquet"] = "parquet"
+    train: Split
+    eval: Split | None = None
+
+
+class CriteoSource(Strict):
+    """Criteo's click logs: raw TSV (also .gz), or the .npy triples of torchrec's Criteo tools."""
+
+    kind: Literal["criteo"] = "criteo"
+    format: Literal["tsv", "npy"]
+    train: Split
+    eval: Split | None = None
+
+
+class DataConfig(Strict):
+    source: Annotated[SyntheticSource | ParquetSource | CriteoSource, Field(discriminator="kind")]
+    lanes: int = Field(8, gt=0, description="virtual readers; every world size that divides it sees the same global batches")
+    shuffle_window_blocks: int = Field(
+        8, ge=0, description="how many randomly drawn blocks (row groups) are mixed row by row; 0 keeps the files' order"
+    )
+    prefetch_batches: int = Field(4, gt=0, description="batches that the background reader is ahead")
+    preflight_rows: int = Field(
+        1_000_000,
+        ge=0,
+        description="rows of each split that are read and checked before training; the rest are checked as they come",
+    )
+
+
+# ---------------------------------------------------------------- models
+class InterFormerConfig(Strict):
+    """arXiv 2411.09852; the defaults are docs/interformer.md's readings of what the paper leaves open."""
+
+    arch: Literal["interformer"] = "interformer"
+    dim: int = Field(64, gt=0, description="d, of every token; tables of another width are projected to it")
+    num_layers: int = Field(3, gt=0)
+    num_heads: int = Field(4, gt=0)
+    num_cls: int = Field(4, gt=0, description="n_CLS = n_sum: summary tokens of the non-sequence features")
+    num_pma: int = Field(2, ge=0, description="pooling-by-attention tokens; 0 leaves them out")
+    num_recent: int = Field(2, ge=0, description="most recent events in the summary; 0 leaves them out")
+    mode: Literal["int", "s2n", "n2s", "sep", "sole"] = Field(
+        "int",
+        description="exchange: both ways, sequence to non-sequence only, the reverse only, none, or no sequence arch (pooled early)",
+    )
+    early_pooling: Literal["mean", "mlp", "mha"] = Field("mean", description="of the sequence, in mode sole")
+    gating: Literal["mask", "sigmoid", "tanh", "identity", "sigmoid_times_x", "none"] = Field(
+        "mask", description="x * sigmoid(MLP(x)) | f(x * MLP(x)) | sigmoid(x * MLP(x)) * x | no gate"
+    )
+    pffn: Literal["rank", "matrix", "two_layer", "gdpa", "none"] = "two_layer"
+    pffn_hidden: int | None = Field(None, gt=0, description="K of two_layer and gdpa; None: dim")
+    attention: bool = Field(True, description="False leaves the sequence arch's MHA out")
+    paper_literal: bool = Field(False, description="Eq. 9 as printed: no residual, no pre-norm")
+    mask_ratio: float = Field(1.0, gt=0, description="hidden width of MaskNet's mask MLP over its input width")
+    mask_activation: Literal["none", "sigmoid"] = "none"
+    pma_sees_cls: bool = True
+    rope_base: float = Field(10_000.0, gt=1)
+    interactions: tuple[Literal["dot", "dcn"], ...] = Field(("dot", "dcn"), min_length=1, description="DHEN's modules")
+    ensemble: Literal["sum", "concat"] = "sum"
+    dcn_layers: int = Field(2, gt=0)
+    dcn_rank: int = Field(32, gt=0)
+    head_hidden: tuple[int, ...] = (1024, 512, 256, 128)
+    dropout: float = Field(0.0, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> "InterFormerConfig":
+        if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
+            raise ValueError(
+                f"model.dim ({self.dim}) over model.num_heads ({self.num_heads}) must be an even whole number (rotary pairs); "
+                f"set model.num_heads to {self._nearest_heads()} or change model.dim"
+            )
+        return self
+
+    def _nearest_heads(self) -> int:
+        fits = [h for h in range(1, self.dim + 1) if self.dim % h == 0 and (self.dim // h) % 2 == 0] or [1]
+        return min(fits, key=lambda h: abs(h - self.num_heads))
+
+
+class DLRMConfig(Strict):
+    """DLRM (arXiv 1906.00091): pairwise dot products. A sequence counts as a bag: the mean of its events."""
+
+    arch: Literal["dlrm"] = "dlrm"
+    bottom_hidden: tuple[int, ...] = Field((512, 256), description="before the last layer, whose width is the tables' dim")
+    top_hidden: tuple[int, ...] = (512, 512, 256)
+
+
+class DCNv2Config(Strict):
+    """DLRM-DCNv2 as in MLPerf: low-rank cross layers. A sequence counts as a bag: the mean of its events."""
+
+    arch: Literal["dlrm_dcnv2"] = "dlrm_dcnv2"
+    bottom_hidden: tuple[int, ...] = Field((512, 256), description="before the last layer, whose width is the tables' dim")
+    cross_layers: int = Field(3, gt=0)
+    cross_rank: int = Field(512, gt=0)
+    top_hidden: tuple[int, ...] = (1024, 1024, 512, 256)
+
+
+class LogisticConfig(Strict):
+    """Logistic regression on the same features: the floor that every other model must beat."""
+
+    arch: Literal["logistic"] = "logistic"
+
+
+# ---------------------------------------------------------------- sharding
+class TableSharding(Strict):
+    """What the planner may do with one table."""
+
+    types: tuple[BagShardingType, ...] = Field(min_length=1)
+    min_partition: int | None = Field(None, gt=0, multiple_of=4, description="fewest columns of a column-wise shard")
+
+
+class ShardingConfig(Strict):
+    plan: str | None = Field(None, description="a plan.json to replay; None: plan now")
+    tables: dict[str, TableSharding] = Field({}, description="by table; a table not named may be sharded in any way")
+    storage_reserve: float = Field(0.15, ge=0, lt=1, description="part of each rank's memory that the tables may not take")
+    search_seconds: float = Field(20.0, gt=0)
+
+
+# ---------------------------------------------------------------- training
+class SparseOptimizer(Strict):
+    """Of the tables: fused into the backward pass, one step a micro-batch."""
+
+    name: Literal["rowwise_adagrad", "adagrad", "sgd", "adam", "partial_rowwise_adam", "lamb"] = "rowwise_adagrad"
+    lr: float = Field(0.02, ge=0)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0, description="L2, on the rows a batch touches")
+
+
+class DenseOptimizer(Strict):
+    name: Literal["adam", "adamw", "adagrad", "sgd"] = "adam"
+    lr: float = Field(1e-3, ge=0)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+
+
+class Schedule(Strict):
+    """A factor on both learning rates: linear warm-up, then decay to `final_factor` at the last step."""
+
+    warmup_steps: int = Field(0, ge=0)
+    decay: Literal["none", "linear", "cosine"] = "none"
+    final_factor: float = Field(0.0, ge=0, le=1)
+
+
+class TrainConfig(Strict):
+    global_batch_size: int = Field(gt=0, description="samples of one optimizer step, over all ranks and micro-batches")
+    accumulate_steps: int = Field(1, gt=0, description="micro-batches of one dense optimizer step; tables step at each")
+    epochs: int = Field(1, gt=0)
+    max_steps: int | None = Field(None, gt=0, description="stop after this many optimizer steps; None: after the last epoch")
+    pipeline: Literal["sparse_dist", "none"] = Field(
+        "sparse_dist", description="overlap the next batch's id exchange, or a plain loop"
+    )
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="of the dense arch's products; losses, norms and tables stay fp32"
+    )
+    clip_grad_norm: float | None = Field(None, gt=0, description="over all dense gradients; None: no clipping")
+    sparse: SparseOptimizer = SparseOptimizer()
+    dense: DenseOptimizer = DenseOptimizer()
+    schedule: Schedule = Schedule()
+
+
+class EvalConfig(Strict):
+    every_steps: int = Field(0, ge=0, description="0: only after the last step")
+    max_samples: int | None = Field(None, gt=0, description="evaluate on the first so many held-out samples; None: all")
+
+
+class LogConfig(Strict):
+    every_steps: int = Field(20, gt=0)
+    window_samples: int = Field(
+        100_000, gt=0, description="latest training samples, over all ranks, that the window metrics are of"
+    )
+    warmup_steps: int = Field(10, ge=0, description="first steps that throughput leaves out")
+
+
+class OutputConfig(Strict):
+    dir: str = Field("runs/{name}/{time}", description="must be new or empty; {name} and {time} are filled in")
+    records: str = Field("runs/records.jsonl", description="one line is added for each finished run")
+
+
+class RunConfig(Strict):
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    seed: int = Field(0, ge=0)
+    device: Device = "auto"
+    features: FeatureSchema
+    data: DataConfig
+    model: Annotated[InterFormerConfig | DLRMConfig | DCNv2Config | LogisticConfig, Field(discriminator="arch")]
+    sharding: ShardingConfig = ShardingConfig()
+    train: TrainConfig
+    eval: EvalConfig = EvalConfig()
+    log: LogConfig = LogConfig()
+    output: OutputConfig = OutputConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> "RunConfig":
+        self._check_batch()
+        self._check_tables()
+        self._check_model()
+        return self
+
+    def _check_batch(self) -> None:
+        batch, lanes, accumulate = self.train.global_batch_size, self.data.lanes, self.train.accumulate_steps
+        if batch % (lanes * accumulate):
+            unit = lanes * accumulate
+            raise ValueError(
+                f"train.global_batch_size ({batch}) must be a multiple of data.lanes ({lanes}) x train.accumulate_steps ({accumulate}), "
+                f"so that each lane gives equally many samples to each micro-batch; the nearest are "
+                f"{max(unit, batch // unit * unit)} and {(batch // unit + 1) * unit}"
+            )
+
+    def _check_tables(self) -> None:
+        for name, constraint in self.sharding.tables.items():
+            if name not in self.features.tables:
+                raise ValueError(
+                    f"sharding.tables names {name}, which is not in features.tables: {', '.join(self.features.tables)}"
+                )
+            refused = [t for t in constraint.types if t not in SEQUENCE_SHARDING_TYPES]
+            if name in self.features.sequence_tables and refused:
+                raise ValueError(
+                    f"sharding.tables.{name}.types has {', '.join(refused)}, but a sequence reads {name}, and a sequence's table can "
+                    f"be sharded only as {', '.join(SEQUENCE_SHARDING_TYPES)}"
+                )
+
+    def _check_model(self) -> None:
+        dims = {name: table.embedding_dim for name, table in self.features.tables.items()}
+        if self.model.arch in ("dlrm", "dlrm_dcnv2") and len(set(dims.values())) > 1:
+            raise ValueError(
+                f"model.arch {self.model.arch} needs one embedding_dim for all tables, but they have "
+                + ", ".join(f"{name}: {dim}" for name, dim in dims.items())
+            )
+        if self.model.arch == "interformer" and not self.features.sequences and self.model.mode != "sole":
+            raise ValueError(
+                f"model.mode {self.model.mode} needs a sequence, but features.sequences is empty; set model.mode=sole or take model.arch=dlrm_dcnv2"
+            )

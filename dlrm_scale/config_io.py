@@ -1,0 +1,129 @@
+"""Reads a `RunConfig` from YAML and dotted overrides, and says in one screen what is wrong with it.
+
+config = load_config("configs/quickstart.yaml", ["train.global_batch_size=4096"])
+"""
+
+import difflib
+import hashlib
+import json
+import types
+import typing
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from dlrm_scale.config import RunConfig
+from dlrm_scale.errors import ConfigError
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
+    """Reads `path`, applies `a.b.c=value` overrides (values are YAML) and validates.
+
+    Raises:
+        ConfigError: every problem found, each with its dotted key, and the nearest known key for an unknown one.
+    """
+    path = Path(path)
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except OSError as e:
+        raise ConfigError(f"cannot read the configuration {path}: {e.strerror}") from None
+    except yaml.YAMLError as e:
+        raise ConfigError(f"{path} is not valid YAML: {e}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(
+            f"{path} must hold a mapping of sections (features, data, model, train, ...), but holds {type(tree).__name__}"
+        )
+    for override in overrides:
+        _apply(tree, override)
+    return parse_config(tree, origin=str(path))
+
+
+def parse_config(tree: dict[str, Any], origin: str) -> RunConfig:
+    """Validates a plain tree of mappings, lists and scalars. Raises ConfigError, as `load_config` does."""
+    try:
+        return RunConfig.model_validate_json(
+            json.dumps(tree)
+        )  # JSON mode: a list is a tuple, an int is a float, nothing else is cast
+    except TypeError as e:
+        raise ConfigError(f"{origin}: {e}") from None
+    except ValidationError as e:
+        lines = [f"  {_describe(error)}" for error in e.errors(include_url=False)]
+        raise ConfigError(f"{origin} is not a valid configuration:\n" + "\n".join(lines)) from None
+
+
+def dump_config(config: RunConfig) -> str:
+    """The resolved configuration as YAML that `load_config` reads back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=120)
+
+
+def fingerprint(model: BaseModel) -> str:
+    """12 hex digits that change when any field does, however it was written down."""
+    text = json.dumps(model.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key or key.startswith("-"):
+        raise ConfigError(f"an override reads section.key=value, but this is {override!r}; see --help")
+    *parents, leaf = key.split(".")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as e:
+        raise ConfigError(f"the value of override {override!r} is not valid YAML: {e}") from None
+    node = tree
+    for depth, parent in enumerate(parents):
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"override {override!r}: {'.'.join(parents[: depth + 1])} is a value, not a section; give it whole")
+    node[leaf] = value
+
+
+def _describe(error: Any) -> str:
+    """One line for one of pydantic's errors: where, what is the rule, what was given, what was meant."""
+    path = [str(part) for part in error["loc"]]
+    models, path = _walk(path, unknown_key=error["type"] == "extra_forbidden")
+    where = ".".join(path) or "the whole"
+    if error["type"] == "extra_forbidden":
+        known = sorted({name for model in models for name in model.model_fields})
+        near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.0)
+        return f"{where}: no such key; the nearest is {near[0]}" + (f" (known: {', '.join(known)})" if len(known) <= 16 else "")
+    if error["type"] == "missing":
+        return f"{where}: is required"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error":
+        return message if not path else f"{where}: {message}"
+    given = error["input"]
+    shown = f", but is {given!r}" if isinstance(given, (str, int, float, bool, type(None))) else ""
+    return f"{where}: {message[0].lower()}{message[1:]}{shown}"
+
+
+def _walk(loc: list[str], unknown_key: bool) -> tuple[list[type[BaseModel]], list[str]]:
+    """The models that the last part of `loc` is looked up in, and `loc` without the tags that pydantic adds for unions."""
+    models: list[type[BaseModel]] = [RunConfig]
+    path: list[str] = []
+    for i, part in enumerate(loc):
+        last = i == len(loc) - 1
+        found = [model.model_fields[part] for model in models if part in model.model_fields]
+        if found:
+            path.append(part)
+            if not last:
+                models = [m for field in found for m in _models_in(field.annotation)]
+            continue
+        tagged = [m for m in models if part in {f.default for f in m.model_fields.values()}]
+        if tagged and not (last and unknown_key):
+            models = tagged
+            continue
+        path.append(part)  # an index, a mapping's key, or the unknown key itself
+    return models, path
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    """Every model named in a type annotation such as `Annotated[A | B, ...]`, `tuple[A, ...]` or `dict[str, A]`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if typing.get_origin(annotation) in (Annotated, typing.Union, types.UnionType, tuple, dict, list):
+        return [model for argument in typing.get_args(annotation) for model in _models_in(argument)]
+    return []

@@ -1,0 +1,25 @@
+"""Faults of the user's making: shown as one screen of text, never as a traceback.
+
+Each message gives the rule, the values that break it and the way out. Faults of ours stay ordinary
+exceptions (or `assert`) and keep their traceback.
+"""
+
+
+class UserError(ValueError):
+    """A fault that the user can mend; the process ends with `exit_code`."""
+
+    exit_code = 1
+
+
+class ConfigError(UserError):
+    """The command line or a configuration file asks for something that is not valid."""
+
+    exit_code = 2
+
+
+class DataError(UserError):
+    """A data file breaks the schema: names file, row, feature, table and value."""
+
+
+class PlanError(UserError):
+    """No sharding plan exists, or a given plan is not one for this model and cluster."""
