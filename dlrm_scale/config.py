@@ -14,14 +14,20 @@ Device = Literal["auto", "cpu", "cuda"]
 BagShardingType = Literal[
     "data_parallel", "table_wise", "column_wise", "row_wise", "table_row_wise", "table_column_wise", "grid_shard"
 ]
-SEQUENCE_SHARDING_TYPES = ("table_wise", "column_wise", "row_wise")  # TorchRec 1.8.0 shards an EmbeddingCollection no other way
+SEQUENCE_SHARDING_TYPES = (
+    "table_wise",
+    "column_wise",
+    "row_wise",
+)  # TorchRec 1.8.0 shards an EmbeddingCollection no other way
 
 
 # ---------------------------------------------------------------- data
 class Split(Strict):
     """Rows of one split: files in this order, and the part of their rows that counts."""
 
-    paths: tuple[str, ...] = Field(min_length=1, description="files or glob patterns, relative to the working directory")
+    paths: tuple[str, ...] = Field(
+        min_length=1, description="files or glob patterns, relative to the working directory"
+    )
     rows: tuple[float, float] = Field((0.0, 1.0), description="from this fraction of all rows to that one")
 
     @model_validator(mode="after")
@@ -58,9 +64,13 @@ class CriteoSource(Strict):
 
 class DataConfig(Strict):
     source: Annotated[SyntheticSource | ParquetSource | CriteoSource, Field(discriminator="kind")]
-    lanes: int = Field(8, gt=0, description="virtual readers; every world size that divides it sees the same global batches")
+    lanes: int = Field(
+        8, gt=0, description="virtual readers; every world size that divides it sees the same global batches"
+    )
     shuffle_window_blocks: int = Field(
-        8, ge=0, description="how many randomly drawn blocks (row groups) are mixed row by row; 0 keeps the files' order"
+        8,
+        ge=0,
+        description="how many randomly drawn blocks (row groups) are mixed row by row; 0 keeps the files' order",
     )
     prefetch_batches: int = Field(4, gt=0, description="batches that the background reader is ahead")
     preflight_rows: int = Field(
@@ -122,7 +132,9 @@ class DLRMConfig(Strict):
     """DLRM (arXiv 1906.00091): pairwise dot products. A sequence counts as a bag: the mean of its events."""
 
     arch: Literal["dlrm"] = "dlrm"
-    bottom_hidden: tuple[int, ...] = Field((512, 256), description="before the last layer, whose width is the tables' dim")
+    bottom_hidden: tuple[int, ...] = Field(
+        (512, 256), description="before the last layer, whose width is the tables' dim"
+    )
     top_hidden: tuple[int, ...] = (512, 512, 256)
 
 
@@ -130,7 +142,9 @@ class DCNv2Config(Strict):
     """DLRM-DCNv2 as in MLPerf: low-rank cross layers. A sequence counts as a bag: the mean of its events."""
 
     arch: Literal["dlrm_dcnv2"] = "dlrm_dcnv2"
-    bottom_hidden: tuple[int, ...] = Field((512, 256), description="before the last layer, whose width is the tables' dim")
+    bottom_hidden: tuple[int, ...] = Field(
+        (512, 256), description="before the last layer, whose width is the tables' dim"
+    )
     cross_layers: int = Field(3, gt=0)
     cross_rank: int = Field(512, gt=0)
     top_hidden: tuple[int, ...] = (1024, 1024, 512, 256)
@@ -153,7 +167,9 @@ class TableSharding(Strict):
 class ShardingConfig(Strict):
     plan: str | None = Field(None, description="a plan.json to replay; None: plan now")
     tables: dict[str, TableSharding] = Field({}, description="by table; a table not named may be sharded in any way")
-    storage_reserve: float = Field(0.15, ge=0, lt=1, description="part of each rank's memory that the tables may not take")
+    storage_reserve: float = Field(
+        0.15, ge=0, lt=1, description="part of each rank's memory that the tables may not take"
+    )
     search_seconds: float = Field(20.0, gt=0)
 
 
@@ -186,7 +202,9 @@ class TrainConfig(Strict):
     global_batch_size: int = Field(gt=0, description="samples of one optimizer step, over all ranks and micro-batches")
     accumulate_steps: int = Field(1, gt=0, description="micro-batches of one dense optimizer step; tables step at each")
     epochs: int = Field(1, gt=0)
-    max_steps: int | None = Field(None, gt=0, description="stop after this many optimizer steps; None: after the last epoch")
+    max_steps: int | None = Field(
+        None, gt=0, description="stop after this many optimizer steps; None: after the last epoch"
+    )
     pipeline: Literal["sparse_dist", "none"] = Field(
         "sparse_dist", description="overlap the next batch's id exchange, or a plain loop"
     )

@@ -77,7 +77,9 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     for depth, parent in enumerate(parents):
         node = node.setdefault(parent, {})
         if not isinstance(node, dict):
-            raise ConfigError(f"override {override!r}: {'.'.join(parents[: depth + 1])} is a value, not a section; give it whole")
+            raise ConfigError(
+                f"override {override!r}: {'.'.join(parents[: depth + 1])} is a value, not a section; give it whole"
+            )
     node[leaf] = value
 
 
@@ -89,7 +91,9 @@ def _describe(error: Any) -> str:
     if error["type"] == "extra_forbidden":
         known = sorted({name for model in models for name in model.model_fields})
         near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.0)
-        return f"{where}: no such key; the nearest is {near[0]}" + (f" (known: {', '.join(known)})" if len(known) <= 16 else "")
+        return f"{where}: no such key; the nearest is {near[0]}" + (
+            f" (known: {', '.join(known)})" if len(known) <= 16 else ""
+        )
     if error["type"] == "missing":
         return f"{where}: is required"
     message = error["msg"].removeprefix("Value error, ")

@@ -35,7 +35,9 @@ class DenseFeature(Strict):
 
     name: str
     transform: Literal["none", "log1p"] = "none"
-    missing: float | None = Field(None, description="stands for a null (before the transform); None: a null is an error")
+    missing: float | None = Field(
+        None, description="stands for a null (before the transform); None: a null is an error"
+    )
     negative: Literal["error", "clip"] = Field(
         "error", description="under log1p: error stops at a negative value, clip takes 0 and counts"
     )
@@ -63,7 +65,9 @@ class Sequence(Strict):
     name: str
     max_length: int = Field(gt=0, description="events kept: the most recent ones; cuts are counted")
     fields: tuple[SequenceField, ...] = Field(min_length=1)
-    pooling_factor: float | None = Field(None, gt=0, description="expected events a sample, for the planner; None: max_length")
+    pooling_factor: float | None = Field(
+        None, gt=0, description="expected events a sample, for the planner; None: max_length"
+    )
 
     @property
     def expected_length(self) -> float:
@@ -96,7 +100,9 @@ class FeatureSchema(Strict):
                 )
         unread = sorted(set(self.tables) - {f.table for f in read})
         if unread:
-            raise ValueError(f"no feature reads table {', '.join(unread)}; remove it from features.tables or add a feature")
+            raise ValueError(
+                f"no feature reads table {', '.join(unread)}; remove it from features.tables or add a feature"
+            )
         for f in self.categorical:
             if f.multi_hot and f.table in self.sequence_tables:
                 raise ValueError(
