@@ -23,3 +23,7 @@ class DataError(UserError):
 
 class PlanError(UserError):
     """No sharding plan exists, or a given plan is not one for this model and cluster."""
+
+
+class PeerError(DataError):
+    """Another rank could not go on; what it says itself is what matters."""

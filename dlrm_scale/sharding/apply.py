@@ -1,0 +1,107 @@
+"""Turns a plan and a model into a `DistributedModelParallel`; the only module that knows it."""
+
+import hashlib
+import math
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torch.distributed._shard.sharding_spec import EnumerableShardingSpec, ShardMetadata
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.types import EmbeddingModuleShardingPlan, ParameterSharding, ShardingPlan
+
+from dlrm_scale.config import SparseOptimizer
+from dlrm_scale.sharding.plan import Plan
+from dlrm_scale.sharding.sharders import make_sharders
+
+MODULE_PATHS = {"bags": "embeddings.ebc", "sequences": "embeddings.ec"}  # of RankingModel
+INIT_BLOCK_ROWS = 65_536
+
+
+def to_torchrec(plan: Plan) -> ShardingPlan:
+    """The plan in TorchRec's own terms."""
+    cluster = plan.request.cluster
+    modules: dict[str, EmbeddingModuleShardingPlan] = {}
+    for name, table in plan.tables.items():
+        spec = None
+        if table.sharding_type != "data_parallel":
+            spec = EnumerableShardingSpec(
+                [
+                    ShardMetadata(
+                        shard_offsets=[s.row, s.column],
+                        shard_sizes=[s.num_rows, s.num_columns],
+                        placement=f"rank:{s.rank}/{_device_of(s.rank, cluster.device, cluster.ranks_per_host)}",
+                    )
+                    for s in table.shards
+                ]
+            )
+        path = MODULE_PATHS[plan.request.tables[name].collection]
+        modules.setdefault(path, EmbeddingModuleShardingPlan())[name] = ParameterSharding(
+            sharding_type=table.sharding_type,
+            compute_kernel=table.compute_kernel,
+            ranks=list(table.ranks),
+            sharding_spec=spec,
+        )
+    return ShardingPlan(modules)
+
+
+def _device_of(rank: int, device_type: str, ranks_per_host: int) -> str:
+    return device_type if device_type == "cpu" else f"{device_type}:{rank % ranks_per_host}"
+
+
+def shard_model(
+    model: nn.Module, plan: Plan, optimizer: SparseOptimizer, device: torch.device, seed: int
+) -> DistributedModelParallel:
+    """Shards `model`'s collections (tables on meta) by `plan` and replicates the rest; needs the process group.
+
+    Every table starts with the same values under any plan and world size: see `initialise_tables`.
+    """
+    sharded = DistributedModelParallel(
+        model,
+        device=device,
+        plan=to_torchrec(plan),
+        sharders=make_sharders(optimizer, device.type),
+        init_parameters=False,
+    )
+    initialise_tables(sharded, plan, seed)
+    return sharded
+
+
+@torch.no_grad()
+def initialise_tables(sharded: DistributedModelParallel, plan: Plan, seed: int) -> None:
+    """Fills each local shard with its part of a table that is a pure function of (seed, table's name).
+
+    Uniform in +-sqrt(1 / rows), TorchRec's own default. Drawn by blocks of rows, each from a generator of its own, so that
+    a rank draws only the blocks its rows lie in. CPU and CUDA draw different numbers.
+    """
+    state = sharded.module.state_dict()
+    for name, spec in plan.request.tables.items():
+        path = MODULE_PATHS[spec.collection]
+        inner = "embedding_bags" if spec.collection == "bags" else "embeddings"
+        weight = state[f"{path}.{inner}.{name}.weight"]
+        if isinstance(weight, ShardedTensor):
+            for shard in weight.local_shards():
+                row, column = shard.metadata.shard_offsets
+                _fill(shard.tensor, name, row, column, spec.num_embeddings, spec.embedding_dim, seed)
+        else:
+            _fill(weight, name, 0, 0, spec.num_embeddings, spec.embedding_dim, seed)
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def _fill(
+    shard: torch.Tensor, table: str, row: int, column: int, num_embeddings: int, embedding_dim: int, seed: int
+) -> None:
+    bound = math.sqrt(1 / num_embeddings)
+    num_rows, num_columns = shard.shape
+    for block in range(row // INIT_BLOCK_ROWS, math.ceil((row + num_rows) / INIT_BLOCK_ROWS)):
+        start = block * INIT_BLOCK_ROWS
+        rows_in_block = min(INIT_BLOCK_ROWS, num_embeddings - start)
+        digest = hashlib.sha256(f"{seed}/{table}/{block}".encode()).digest()
+        generator = torch.Generator(device=shard.device).manual_seed(int.from_bytes(digest[:7], "big"))
+        values = torch.empty(rows_in_block, embedding_dim, device=shard.device).uniform_(
+            -bound, bound, generator=generator
+        )
+        first, last = max(row, start), min(row + num_rows, start + rows_in_block)
+        shard[first - row : last - row].copy_(values[first - start : last - start, column : column + num_columns])

@@ -1,0 +1,59 @@
+"""The sharders that both the planner and `DistributedModelParallel` are given, and the fused optimizer's parameters in them."""
+
+from typing import Any
+
+from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from torchrec.distributed.embedding import EmbeddingCollectionSharder
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel, ShardingType
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+
+from dlrm_scale.config import SEQUENCE_SHARDING_TYPES, SparseOptimizer
+from dlrm_scale.errors import ConfigError
+
+FUSED_OPTIMIZERS = {
+    "rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
+    "adagrad": EmbOptimType.EXACT_ADAGRAD,
+    "sgd": EmbOptimType.EXACT_SGD,
+    "adam": EmbOptimType.ADAM,
+    "partial_rowwise_adam": EmbOptimType.PARTIAL_ROWWISE_ADAM,
+    "lamb": EmbOptimType.LAMB,
+}
+CPU_OPTIMIZERS = ("rowwise_adagrad", "adagrad", "sgd")  # FBGEMM 1.8.0 has no other on CPU
+
+
+class BagSharder(EmbeddingBagCollectionSharder):
+    """All sharding types on every device: stock TorchRec offers the row-wise ones for CUDA only, though the CPU runs them."""
+
+    def sharding_types(self, compute_device_type: str) -> list[str]:
+        return [t.value for t in ShardingType]
+
+    def compute_kernels(self, sharding_type: str, compute_device_type: str) -> list[str]:
+        return _kernels(sharding_type)
+
+
+class SequenceSharder(EmbeddingCollectionSharder):
+    def sharding_types(self, compute_device_type: str) -> list[str]:
+        return list(SEQUENCE_SHARDING_TYPES)
+
+    def compute_kernels(self, sharding_type: str, compute_device_type: str) -> list[str]:
+        return _kernels(sharding_type)
+
+
+def _kernels(sharding_type: str) -> list[str]:
+    kernel = EmbeddingComputeKernel
+    return [kernel.DENSE.value if sharding_type == ShardingType.DATA_PARALLEL.value else kernel.FUSED.value]
+
+
+def make_sharders(optimizer: SparseOptimizer, device_type: str) -> list[BagSharder | SequenceSharder]:
+    """Raises ConfigError for an optimizer that the device's kernels do not have."""
+    if device_type == "cpu" and optimizer.name not in CPU_OPTIMIZERS:
+        raise ConfigError(
+            f"train.sparse.name is {optimizer.name}, which FBGEMM has for CUDA only; on CPU take one of {', '.join(CPU_OPTIMIZERS)}"
+        )
+    fused: dict[str, Any] = {
+        "optimizer": FUSED_OPTIMIZERS[optimizer.name],
+        "learning_rate": optimizer.lr,
+        "eps": optimizer.eps,
+        "weight_decay": optimizer.weight_decay,
+    }
+    return [BagSharder(fused_params=dict(fused)), SequenceSharder(fused_params=dict(fused))]

@@ -1,0 +1,77 @@
+"""The trainer's command line, for one process or one of torchrun's ranks.
+
+python -m dlrm_scale.training.main --config configs/quickstart.yaml train.global_batch_size=4096
+"""
+
+import argparse
+import os
+import sys
+import time
+
+from dlrm_scale.config_io import dump_config, fingerprint, load_config
+from dlrm_scale.errors import ConfigError, PeerError, UserError
+
+OTHERS_FIRST_SECONDS = 10.0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m dlrm_scale.training.main",
+        description="Train the model that a configuration describes, on this process or as one of torchrun's ranks.",
+        epilog="example: launchers/torchrun.sh --nproc 2 --config configs/quickstart.yaml train.max_steps=100 model.num_layers=1",
+    )
+    parser.add_argument("--config", required=True, metavar="YAML", help="what to train: see configs/")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="replaces one value of the configuration"
+    )
+    parser.add_argument(
+        "--print-config", action="store_true", help="print the resolved configuration and its fingerprint, and stop"
+    )
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0: trained; 1: failed; 2: the command line or configuration is not valid."""
+    args = build_parser().parse_intermixed_args(argv)
+    try:
+        config = load_config(args.config, args.overrides)
+        if args.print_config:
+            print(f"# fingerprint {fingerprint(config)}\n{dump_config(config)}", end="")
+            return 0
+        quiet_libraries()
+        from dlrm_scale.training.run import (
+            run,
+        )  # the libraries take seconds to load, which a wrong key need not wait for
+
+        run(config)
+    except UserError as e:
+        return _tell(e)
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def quiet_libraries() -> None:
+    """Silences what TorchRec, FBGEMM and torch say on a healthy run; errors, and our own warnings, still show."""
+    import logging
+    import warnings
+
+    for module in ("torch", "torchrec", "fbgemm_gpu", "pyre_extensions", "torchmetrics", "tensorboard"):
+        warnings.filterwarnings("ignore", module=rf"{module}(\.|$)")
+    for name in ("torch", "torchrec", "fbgemm_gpu", "root"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+
+def _tell(error: UserError) -> int:
+    """Prints the error where it happened. A rank that only hears of it, or finds the same as rank 0, first lets that one speak."""
+    rank = int(os.environ.get("RANK", 0))
+    if isinstance(error, PeerError) or (isinstance(error, ConfigError) and rank > 0):
+        time.sleep(OTHERS_FIRST_SECONDS)
+    where = f" (rank {rank})" if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not isinstance(error, ConfigError) else ""
+    print(f"error{where}: {error}", file=sys.stderr, flush=True)
+    return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

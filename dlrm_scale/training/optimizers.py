@@ -1,0 +1,137 @@
+"""The optimizers of a run behind one `zero_grad` / `step`, as TorchRec's pipelines call them.
+
+Tables that are sharded step inside the backward pass (FBGEMM); tables that a plan replicates step here, by a plain twin of
+the same rule, so that the result does not depend on the plan; the dense arch has an optimizer of its own.
+"""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.optim.optimizers import in_backward_optimizer_filter
+
+from dlrm_scale.config import DenseOptimizer, Schedule, SparseOptimizer, TrainConfig
+from dlrm_scale.errors import ConfigError
+
+TABLES = "embeddings."  # RankingModel's parameters under this prefix are tables
+
+
+class ReplicatedTableOptimizer(torch.optim.Optimizer):
+    """FBGEMM's exact row-wise Adagrad, Adagrad and SGD in plain torch, for tables that every rank holds whole.
+
+    With g the gradient of a row of D columns (plus weight_decay * row, on rows with a gradient):
+    row-wise Adagrad: s += mean(g * g);  row -= lr * g / (sqrt(s) + eps), s one number a row;
+    Adagrad: the same with s of D numbers, s += g * g;  SGD: row -= lr * g.
+
+    Raises:
+        ConfigError: for another rule; a replicated table would silently learn by another one than a sharded table.
+    """
+
+    RULES = ("rowwise_adagrad", "adagrad", "sgd")
+
+    def __init__(self, tables: Iterable[nn.Parameter], config: SparseOptimizer) -> None:
+        if config.name not in self.RULES:
+            raise ConfigError(
+                f"the plan replicates a table (data_parallel), which can train by {', '.join(self.RULES)}, but train.sparse.name is "
+                f"{config.name}; leave data_parallel out of the tables' sharding types, or change the optimizer"
+            )
+        super().__init__(tables, {"lr": config.lr, "eps": config.eps, "weight_decay": config.weight_decay})
+        self.rule = config.name
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            for table in group["params"]:
+                if table.grad is not None:
+                    self._update(table, group["lr"], group["eps"], group["weight_decay"])
+
+    def _update(self, table: nn.Parameter, lr: float, eps: float, weight_decay: float) -> None:
+        grad = table.grad
+        if weight_decay:
+            touched_R1 = (grad != 0).any(dim=1, keepdim=True)
+            grad = grad + weight_decay * table * touched_R1
+        if self.rule == "sgd":
+            table.sub_(lr * grad)
+            return
+        state = self.state[table]
+        squares = grad.square().mean(dim=1, keepdim=True) if self.rule == "rowwise_adagrad" else grad.square()
+        if not state:
+            state["sum"] = torch.zeros_like(squares)
+        state["sum"].add_(squares)
+        table.sub_(lr * grad / (state["sum"].sqrt() + eps))
+
+
+def learning_rate_factor(step: int, schedule: Schedule, total_steps: int) -> float:
+    """The factor on every learning rate at optimizer step `step` (0-based) of `total_steps`."""
+    if step < schedule.warmup_steps:
+        return (step + 1) / schedule.warmup_steps
+    if schedule.decay == "none":
+        return 1.0
+    progress = min(1.0, (step - schedule.warmup_steps) / max(1, total_steps - 1 - schedule.warmup_steps))
+    shape = 1 - progress if schedule.decay == "linear" else (1 + math.cos(math.pi * progress)) / 2
+    return schedule.final_factor + (1 - schedule.final_factor) * shape
+
+
+class TrainOptimizer:
+    """All optimizers of a sharded model, their schedule, clipping and gradient accumulation.
+
+    `zero_grad` and `step` are called once a micro-batch. Fused tables have then already stepped, at the learning rate set
+    before; dense parameters and replicated tables step at each `accumulate_steps`-th call.
+    """
+
+    def __init__(self, model: DistributedModelParallel, config: TrainConfig, total_steps: int) -> None:
+        trained_here = list(in_backward_optimizer_filter(model.module.named_parameters()))
+        replicated = [p for name, p in trained_here if name.startswith(TABLES)]
+        self.dense_parameters = [p for name, p in trained_here if not name.startswith(TABLES)]
+        self.dense = _dense_optimizer(self.dense_parameters, config.dense)
+        self.replicated = ReplicatedTableOptimizer(replicated, config.sparse) if replicated else None
+        self.fused = model.fused_optimizer
+        self.config = config
+        self.total_steps = total_steps
+        self.num_steps = 0
+        self.micro_batch = 0
+        self._set_learning_rates()
+
+    @property
+    def learning_rates(self) -> dict[str, float]:
+        """Of the step to come, by {"dense", "sparse"}."""
+        factor = learning_rate_factor(self.num_steps, self.config.schedule, self.total_steps)
+        return {"dense": self.config.dense.lr * factor, "sparse": self.config.sparse.lr * factor}
+
+    def zero_grad(self) -> None:
+        if self.micro_batch == 0:
+            self.dense.zero_grad()
+            if self.replicated:
+                self.replicated.zero_grad()
+
+    def step(self) -> None:
+        self.micro_batch += 1
+        if self.micro_batch < self.config.accumulate_steps:
+            return
+        if self.config.clip_grad_norm is not None:
+            nn.utils.clip_grad_norm_(self.dense_parameters, self.config.clip_grad_norm)
+        self.dense.step()
+        if self.replicated:
+            self.replicated.step()
+        self.micro_batch = 0
+        self.num_steps += 1
+        self._set_learning_rates()
+
+    def _set_learning_rates(self) -> None:
+        rates = self.learning_rates
+        for group in self.dense.param_groups:
+            group["lr"] = rates["dense"]
+        for optimizer in (self.replicated, self.fused):
+            for group in optimizer.param_groups if optimizer else ():
+                group["lr"] = rates["sparse"]
+        self.fused.step()  # hands the rate to the kernels; the tables themselves step in the backward pass
+
+
+def _dense_optimizer(parameters: list[nn.Parameter], config: DenseOptimizer) -> torch.optim.Optimizer:
+    options = {"lr": config.lr, "weight_decay": config.weight_decay}
+    if config.name == "sgd":
+        return torch.optim.SGD(parameters, **options)
+    rules = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "adagrad": torch.optim.Adagrad}
+    return rules[config.name](parameters, eps=config.eps, **options)

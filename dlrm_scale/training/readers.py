@@ -1,0 +1,101 @@
+"""A run's data as its ranks read it: which rows, in how many steps, agreed on by all ranks."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from itertools import islice
+
+from dlrm_scale.config import RunConfig
+from dlrm_scale.data.batch import RecBatch
+from dlrm_scale.data.loader import Reader, StepAgreement, StepStatus, batches, prefetch
+from dlrm_scale.data.source import Rows, Source
+from dlrm_scale.errors import ConfigError
+from dlrm_scale.training.ranks import Rank, make_agree
+
+
+def check_world(config: RunConfig, world_size: int) -> None:
+    """Raises ConfigError if the lanes cannot be shared out evenly."""
+    lanes = config.data.lanes
+    if lanes % world_size:
+        batch = config.train.global_batch_size
+        fits = [
+            n
+            for n in range(world_size, 64 * world_size, world_size)
+            if batch % (n * config.train.accumulate_steps) == 0
+        ]
+        raise ConfigError(
+            f"data.lanes ({lanes}) must be a multiple of the number of ranks ({world_size}); start "
+            f"{', '.join(str(n) for n in range(1, lanes + 1) if lanes % n == 0)} ranks"
+            + (
+                f", or set data.lanes={fits[0]}"
+                if fits
+                else f", or a train.global_batch_size that {world_size} divides"
+            )
+        )
+
+
+class TrainReader:
+    """This rank's micro-batches of every epoch. Making one is collective."""
+
+    def __init__(self, config: RunConfig, rank: Rank, source: Source) -> None:
+        self.config, self.source, self.agree = config, source, make_agree()
+        self.reader = _reader(config, rank, source, config.data.shuffle_window_blocks, max_rows=None)
+        self.local_batch_size = config.train.global_batch_size // rank.world_size
+        all_steps = self.reader.order.steps_per_epoch * config.train.epochs
+        self.num_steps = min(all_steps, config.train.max_steps or all_steps)
+
+    def batches(self) -> AbstractContextManager[Iterator[RecBatch]]:
+        return _batches(self, self._rows(), self.config.train.accumulate_steps)
+
+    def consumed_after(self, num_steps: int) -> int:
+        """Samples that all ranks have trained on after so many steps: the data position."""
+        epoch, step = divmod(num_steps - 1, self.reader.order.steps_per_epoch)
+        return self.reader.order.consumed_after(epoch, step)
+
+    @property
+    def mended(self) -> dict[str, int]:
+        return self.source.mended
+
+    def _rows(self) -> Iterator[Rows]:
+        epochs = (self.reader.steps(epoch) for epoch in range(self.config.train.epochs))
+        return islice((rows for epoch in epochs for rows in epoch), self.num_steps)
+
+
+class EvalReader:
+    """This rank's batches of the held-out split, in its own order. Making one is collective."""
+
+    def __init__(self, config: RunConfig, rank: Rank, source: Source) -> None:
+        self.config, self.source, self.agree = config, source, make_agree()
+        self.reader = _reader(config, rank, source, shuffle_window_blocks=0, max_rows=config.eval.max_samples)
+        self.local_batch_size = config.train.global_batch_size // rank.world_size
+
+    def batches(self) -> AbstractContextManager[Iterator[RecBatch]]:
+        return _batches(self, self.reader.steps(0), accumulate_steps=1)
+
+
+def _reader(config: RunConfig, rank: Rank, source: Source, shuffle_window_blocks: int, max_rows: int | None) -> Reader:
+    lanes_per_rank = config.data.lanes // rank.world_size
+    return Reader(
+        source,
+        lanes=config.data.lanes,
+        owned_lanes=range(rank.index * lanes_per_rank, (rank.index + 1) * lanes_per_rank),
+        global_batch_size=config.train.global_batch_size,
+        shuffle_window_blocks=shuffle_window_blocks,
+        seed=config.seed,
+        max_rows=max_rows,
+    )
+
+
+def _batches(
+    of: TrainReader | EvalReader, rows: Iterator[Rows], accumulate_steps: int
+) -> AbstractContextManager[Iterator[RecBatch]]:
+    agree: Callable[[StepStatus], StepAgreement] = of.agree
+    return prefetch(
+        batches(
+            rows,
+            of.config.features,
+            local_batch_size=of.local_batch_size,
+            accumulate_steps=accumulate_steps,
+            agree=agree,
+        ),
+        of.config.data.prefetch_batches,
+    )

@@ -1,0 +1,124 @@
+"""What a run leaves behind: the final table on the console and one line in records.jsonl."""
+
+import json
+import os
+import platform
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from dlrm_scale.config import RunConfig
+from dlrm_scale.config_io import fingerprint
+from dlrm_scale.sharding.plan import Plan
+from dlrm_scale.training.clock import STAGES
+from dlrm_scale.training.monitor import Metrics, percentiles
+from dlrm_scale.training.trainer import TrainResult
+
+RECORD_FORMAT = 1
+SHOWN = ("ne", "auc", "gauc", "calibration", "log_loss")
+
+
+def print_start(console: Console, config: RunConfig, plan: Plan, run_dir: Path) -> None:
+    """The plan, one line a table, and where the run writes."""
+    table = Table(
+        title=f"{config.name}: sharding plan {plan.fingerprint} on {len(plan.ranks)} ranks", title_justify="left"
+    )
+    for column in ("table", "rows x dim", "sharding", "on ranks"):
+        table.add_column(column)
+    rows = plan.summary_rows()
+    for row in rows[:40]:
+        table.add_row(*row)
+    console.print(table)
+    if len(rows) > 40:
+        console.print(f"... and {len(rows) - 40} more tables in {run_dir / 'plan.json'}")
+    console.print(f"config {fingerprint(config)}, writing to {run_dir}", highlight=False)
+
+
+def print_end(console: Console, config: RunConfig, result: TrainResult, oracle: Metrics | None, run_dir: Path) -> None:
+    """Held-out metrics beside the oracle's (the best any model can do, where the data knows it), speed, and what next."""
+    if result.eval_metrics:
+        table = Table(title=f"{config.name}: held-out after {result.samples_consumed:,} samples", title_justify="left")
+        table.add_column("")
+        for column in ("NE", "AUC", "GAUC", "calibration", "log loss"):
+            table.add_column(column, justify="right")
+        for label, metrics in result.eval_metrics.items():
+            table.add_row(f"{label}: {config.model.arch}", *(_number(metrics.get(name)) for name in SHOWN))
+            if oracle:
+                table.add_row(f"{label}: oracle", *(_number(oracle[label].get(name)) for name in SHOWN))
+        console.print(table)
+    step_ms = percentiles([ms["step"] for ms in result.step_ms])
+    if result.samples_per_second and step_ms:
+        stages = ", ".join(f"{s} {_median(result, s):.1f}" for s in STAGES)
+        console.print(
+            f"{result.samples_per_second:,.0f} samples/s; step ms p10/p50/p90 "
+            f"{step_ms['p10']:.1f}/{step_ms['p50']:.1f}/{step_ms['p90']:.1f}\n  median ms: {stages}",
+            highlight=False,
+        )
+    for what, count in sorted(result.mended.items()):
+        console.print(f"{what}: {count:,}", highlight=False)
+    console.print(f"next: tensorboard --logdir {run_dir}", highlight=False)
+
+
+def run_record(
+    config: RunConfig, plan: Plan, result: TrainResult, peak_memory: list[dict[str, int]], oracle: Metrics | None
+) -> dict[str, Any]:
+    """One run as the tuner reads it: what it was asked for, on what, how fast, how good."""
+    return {
+        "format": RECORD_FORMAT,
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "outcome": "ok",
+        "name": config.name,
+        "config_fingerprint": fingerprint(config),
+        "config": config.model_dump(mode="json"),
+        "cluster": plan.request.cluster.model_dump(mode="json"),
+        "plan": {
+            "fingerprint": plan.fingerprint,
+            "sharding_types": {name: t.sharding_type for name, t in plan.tables.items()},
+            "ranks": [r.model_dump(mode="json") for r in plan.ranks],
+        },
+        "versions": {p: version(p) for p in ("torch", "torchrec", "fbgemm-gpu", "dlrm-scale")}
+        | {"python": platform.python_version()},
+        "num_steps": result.num_steps,
+        "samples_consumed": result.samples_consumed,
+        "samples_per_second": result.samples_per_second,
+        "step_ms": percentiles([ms["step"] for ms in result.step_ms]),
+        "stage_ms": {stage: percentiles([ms[stage] for ms in result.step_ms]) for stage in STAGES},
+        "peak_memory": peak_memory,
+        "losses": result.losses,
+        "metrics": result.eval_metrics,
+        "oracle": oracle,
+        "mended": result.mended,
+    }
+
+
+def append_record(path: str | Path, record: dict[str, Any]) -> None:
+    """Adds one line, in one write, so that runs that end together do not mix their lines."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    line = (json.dumps(_without_nan(record), allow_nan=False) + "\n").encode()
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        os.write(descriptor, line)
+    finally:
+        os.close(descriptor)
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no NaN; a figure that does not exist is null."""
+    if isinstance(value, dict):
+        return {k: _without_nan(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(v) for v in value]
+    return None if isinstance(value, float) and value != value else value
+
+
+def _median(result: TrainResult, stage: str) -> float:
+    return percentiles([ms[stage] for ms in result.step_ms])["p50"]
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None or value != value else f"{value:.4f}"

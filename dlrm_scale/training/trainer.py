@@ -1,0 +1,212 @@
+"""The step loop: load, step, log, evaluate."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.train_pipeline import TrainPipelineBase, TrainPipelineSparseDist
+
+from dlrm_scale.config import RunConfig
+from dlrm_scale.data.batch import RecBatch
+from dlrm_scale.training.clock import StepClock
+from dlrm_scale.training.monitor import Board, Metrics, PredictionStore, peak_memory_bytes
+from dlrm_scale.training.optimizers import TrainOptimizer
+from dlrm_scale.training.progress import Progress
+from dlrm_scale.training.ranks import Rank, sum_counts
+from dlrm_scale.training.readers import EvalReader, TrainReader
+
+PIPELINES = {"sparse_dist": TrainPipelineSparseDist, "none": TrainPipelineBase}
+
+
+def due(step: int, every: int) -> bool:
+    """Whether something that happens `every` steps happens after `step` steps; never for every = 0."""
+    return every > 0 and step > 0 and step % every == 0
+
+
+@dataclass
+class TrainResult:
+    """What a run measured; times and samples leave out the first `log.warmup_steps`, logging, evaluation."""
+
+    num_steps: int = 0
+    samples_consumed: int = 0
+    timed_samples: int = 0
+    timed_seconds: float = 0.0
+    step_ms: list[dict[str, float]] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    eval_metrics: Metrics = field(default_factory=dict)
+    mended: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def samples_per_second(self) -> float | None:
+        return self.timed_samples / self.timed_seconds if self.timed_seconds else None
+
+
+class Trainer:
+    """Trains a sharded model over a reader's steps. Every rank makes one and calls `train`; rank 0 reports."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        rank: Rank,
+        model: DistributedModelParallel,
+        train_reader: TrainReader,
+        eval_reader: EvalReader | None,
+        board: Board,
+        progress: Progress,
+    ) -> None:
+        self.config, self.rank, self.model, self.board, self.progress = config, rank, model, board, progress
+        self.train_reader, self.eval_reader = train_reader, eval_reader
+        self.optimizer = TrainOptimizer(model, config.train, train_reader.num_steps)
+        self.clock = StepClock(rank.device)
+        self.window = PredictionStore(
+            config.features.labels,
+            config.features.group is not None,
+            max(1, config.log.window_samples // rank.world_size),
+        )
+        self.loss_sum = torch.zeros((), device=rank.device)
+        self.steps_in_loss = 0
+        self.result = TrainResult()
+        self._watch_stages()
+
+    def train(self) -> TrainResult:
+        """Runs the reader's steps to their end, logs and evaluates on the way and after the last one."""
+        total = self.train_reader.num_steps
+        self.model.train()
+        with self.train_reader.batches() as batches:
+            optimizer = _Watched(self.optimizer, self.clock)
+            pipeline = PIPELINES[self.config.train.pipeline](self.model, optimizer, self.rank.device)
+            timed = self.clock.timed(batches)
+            self._start_span()
+            while self._step(pipeline, timed):
+                self._after_step(pipeline, last=self.result.num_steps == total)
+            if self.result.num_steps < total:  # the data ended before its own count of rows
+                self._after_step(pipeline, last=True)
+        return self.result
+
+    def _step(self, pipeline: Any, batches: Iterator[RecBatch]) -> bool:
+        """One optimizer step; False if the data had ended."""
+        self.clock.begin()
+        try:
+            for _ in range(self.config.train.accumulate_steps):
+                self.window.add(pipeline.progress(batches))
+        except StopIteration:
+            return False
+        self.clock.finish()
+        self.result.num_steps += 1
+        self.result.samples_consumed = self.train_reader.consumed_after(self.result.num_steps)
+        self.steps_in_loss += 1
+        self.progress.advance(self.result.num_steps)
+        return True
+
+    def _after_step(self, pipeline: Any, last: bool) -> None:
+        step, log = self.result.num_steps, self.config.log
+        should_log, should_evaluate = (
+            last or due(step, every) for every in (log.every_steps, self.config.eval.every_steps)
+        )
+        if not (should_log or should_evaluate or step == log.warmup_steps):
+            return
+        self._end_span()
+        if should_log and self.steps_in_loss:
+            self._log()
+        if should_evaluate:
+            if isinstance(pipeline, TrainPipelineSparseDist):
+                pipeline.detach()  # else the held-out batches would meet the pipelined batches' exchanged ids
+            self._evaluate()
+        self._start_span()
+
+    def _start_span(self) -> None:
+        self.span = (time.perf_counter(), self.result.samples_consumed)
+
+    def _end_span(self) -> None:
+        """Counts the time and samples since `_start_span`, unless they belong to the warm-up."""
+        if self.rank.device.type == "cuda":
+            torch.cuda.synchronize(self.rank.device)
+        started, samples_before = self.span
+        if self.result.num_steps > self.config.log.warmup_steps:
+            self.result.timed_seconds += time.perf_counter() - started
+            self.result.timed_samples += self.result.samples_consumed - samples_before
+
+    def _log(self) -> None:
+        """Collective: losses and window metrics of all ranks, to TensorBoard and the progress line."""
+        step = self.result.num_steps
+        loss = self.loss_sum / self.steps_in_loss
+        dist.all_reduce(loss)
+        loss = loss.item() / self.rank.world_size
+        self.loss_sum.zero_()
+        self.steps_in_loss = 0
+        self.result.losses.append(loss)
+        steps_ms = self.clock.drain()
+        warm = [ms for i, ms in enumerate(reversed(steps_ms)) if step - i > self.config.log.warmup_steps][::-1]
+        self.result.step_ms += warm
+        metrics = self.window.metrics(self.rank)
+        mended = sum_counts(self.train_reader.mended, self.rank)
+        if metrics is None or mended is None:
+            return
+        self.result.mended = mended
+        self.board.scalars("train", {"loss": loss}, step)
+        self.board.metrics("train", metrics, step)
+        mean_ms = {stage: sum(ms[stage] for ms in steps_ms) / len(steps_ms) for stage in steps_ms[0]}
+        self.board.scalars("time_ms", mean_ms, step)
+        self.board.scalars("learning_rate", self.optimizer.learning_rates, step)
+        self.board.scalars("memory", peak_memory_bytes(self.rank.device), step)
+        self.board.scalars("data", {"samples_consumed": self.result.samples_consumed, **mended}, step)
+        if self.result.samples_per_second:
+            self.board.scalars("speed", {"samples_per_s": self.result.samples_per_second}, step)
+        self.progress.log(step, loss, metrics, self.result.samples_per_second)
+
+    def _evaluate(self) -> None:
+        """Collective: metrics over the held-out split, to TensorBoard and the result."""
+        if self.eval_reader is None:
+            return
+        metrics = evaluate(self.config, self.rank, self.model, self.eval_reader)
+        self.model.train()
+        if metrics is not None:
+            self.result.eval_metrics = metrics
+            self.board.metrics("eval", metrics, self.result.num_steps)
+            self.progress.log_eval(self.result.num_steps, metrics)
+
+    def _watch_stages(self) -> None:
+        """Marks the stages' borders at the model's forward, and sums its losses without a wait for the device."""
+
+        def before_forward(module: Any, args: Any) -> None:
+            if self.model.training:
+                self.clock.end("input_dist")
+
+        def after_forward(module: Any, args: Any, output: tuple[torch.Tensor, Any]) -> None:
+            if self.model.training:
+                self.clock.end("forward")
+                self.loss_sum += output[0].detach()
+
+        self.model.register_forward_pre_hook(before_forward)
+        self.model.register_forward_hook(after_forward)
+
+
+class _Watched:
+    """The optimizer as the pipeline calls it, marking the ends of its stages."""
+
+    def __init__(self, optimizer: TrainOptimizer, clock: StepClock) -> None:
+        self.optimizer, self.clock = optimizer, clock
+
+    def zero_grad(self) -> None:
+        self.optimizer.zero_grad()
+
+    def step(self) -> None:
+        self.clock.end("backward")
+        self.optimizer.step()
+        self.clock.end("optimizer")
+
+
+@torch.no_grad()
+def evaluate(config: RunConfig, rank: Rank, model: DistributedModelParallel, reader: EvalReader) -> Metrics | None:
+    """Metrics by label over the held-out split on rank 0, None on the others. Collective; leaves the model in eval mode."""
+    model.eval()
+    store = PredictionStore(config.features.labels, config.features.group is not None, max_local_rows=None)
+    with reader.batches() as batches:
+        for batch in batches:
+            _, predictions = model.module(batch.to(rank.device))
+            store.add(predictions)
+    return store.metrics(rank)
