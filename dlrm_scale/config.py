@@ -182,6 +182,15 @@ class SparseOptimizer(Strict):
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0, description="L2, on the rows a batch touches")
 
+    @model_validator(mode="after")
+    def _check(self) -> "SparseOptimizer":
+        if self.weight_decay and self.name in ("adagrad", "sgd"):
+            raise ValueError(
+                f"weight_decay is {self.weight_decay}, but the fused {self.name} has none and would ignore it; "
+                "set it to 0 or take rowwise_adagrad"
+            )
+        return self
+
 
 class DenseOptimizer(Strict):
     name: Literal["adam", "adamw", "adagrad", "sgd"] = "adam"

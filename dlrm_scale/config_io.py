@@ -116,7 +116,7 @@ def _walk(loc: list[str], unknown_key: bool) -> tuple[list[type[BaseModel]], lis
             if not last:
                 models = [m for field in found for m in _models_in(field.annotation)]
             continue
-        tagged = [m for m in models if part in {f.default for f in m.model_fields.values()}]
+        tagged = [m for m in models if any(f.default == part for f in m.model_fields.values())]
         if tagged and not (last and unknown_key):
             models = tagged
             continue

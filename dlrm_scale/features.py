@@ -92,17 +92,17 @@ class FeatureSchema(Strict):
         twice = sorted(n for n, count in Counter(names).items() if count > 1)
         if twice:
             raise ValueError(f"each feature needs a name of its own, but these stand twice: {', '.join(twice)}")
+        dotted = [name for name in self.tables if not name or "." in name]
+        if dotted:
+            raise ValueError(
+                f"a table's name is part of its parameter's name and may not be empty or hold a dot: {dotted}"
+            )
         read = (*self.categorical, *self.sequence_fields)
         for f in read:
             if f.table not in self.tables:
                 raise ValueError(
                     f"feature {f.name} reads table {f.table}, which is not in features.tables: {', '.join(self.tables)}"
                 )
-        unread = sorted(set(self.tables) - {f.table for f in read})
-        if unread:
-            raise ValueError(
-                f"no feature reads table {', '.join(unread)}; remove it from features.tables or add a feature"
-            )
         for f in self.categorical:
             if f.multi_hot and f.table in self.sequence_tables:
                 raise ValueError(
@@ -113,6 +113,11 @@ class FeatureSchema(Strict):
                 raise ValueError(
                     f"feature {f.name} has one id a sample, so pooling_factor {f.pooling_factor} > 1 cannot hold; set multi_hot: true"
                 )
+        unread = sorted(set(self.tables) - {f.table for f in read})
+        if unread:
+            raise ValueError(
+                f"no feature reads table {', '.join(unread)}; remove it from features.tables or add a feature"
+            )
         return self
 
     @cached_property

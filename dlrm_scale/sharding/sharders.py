@@ -3,6 +3,7 @@
 from typing import Any
 
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import WeightDecayMode
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel, ShardingType
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
@@ -56,4 +57,6 @@ def make_sharders(optimizer: SparseOptimizer, device_type: str) -> list[BagShard
         "eps": optimizer.eps,
         "weight_decay": optimizer.weight_decay,
     }
+    if optimizer.weight_decay and optimizer.name == "rowwise_adagrad":
+        fused["weight_decay_mode"] = WeightDecayMode.L2  # without a mode, this kernel ignores weight_decay
     return [BagSharder(fused_params=dict(fused)), SequenceSharder(fused_params=dict(fused))]

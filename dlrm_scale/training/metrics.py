@@ -30,7 +30,7 @@ def binary_metrics(
     base_rate = float(np.average(labels, weights=weights))
     both = 0 < base_rate < 1
     entropy = -(base_rate * np.log(base_rate) + (1 - base_rate) * np.log1p(-base_rate)) if both else nan
-    predicted = float(np.average(1 / (1 + np.exp(-logits)), weights=weights))
+    predicted = float(np.average(np.exp(-np.logaddexp(0.0, -logits)), weights=weights))
     metrics = {
         "log_loss": log_loss,
         "ne": log_loss / entropy,

@@ -1,0 +1,96 @@
+"""What a user sees of the configuration: overrides, round trip, fingerprint, and one screen for each mistake."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dlrm_scale.config_io import dump_config, fingerprint, load_config
+from dlrm_scale.errors import ConfigError
+from dlrm_scale.training.main import main
+from tests.support.configs import TINY
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(TINY))
+    return path
+
+
+def test_dump_reads_back_equal_and_keeps_the_fingerprint(tiny, tmp_path):
+    config = load_config(tiny, ["train.max_steps=7", "model.head_hidden=[8]"])
+    again = tmp_path / "again.yaml"
+    again.write_text(dump_config(config))
+    assert load_config(again) == config
+    assert fingerprint(load_config(again)) == fingerprint(config) != fingerprint(load_config(tiny))
+    assert config.train.max_steps == 7 and config.model.head_hidden == (8,)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_shipped_configuration_is_valid(path):
+    assert load_config(path).name == path.stem
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("train.global_batchsize=3", ["train.global_batchsize", "nearest is global_batch_size"]),
+        ("trian.epochs=3", ["trian", "nearest is train"]),
+        ("data.source.num_tran=3", ["data.source.num_tran", "nearest is num_train"]),
+        ("features.tables.user.embeding_dim=8", ["features.tables.user.embeding_dim", "nearest is embedding_dim"]),
+        ("model.num_hads=2", ["model.num_hads", "nearest is num_heads"]),
+        ("train.global_batch_size=many", ["train.global_batch_size", "valid integer", "'many'"]),
+        ("train.epochs=1.5", ["train.epochs", "1.5"]),
+        ("train.global_batch_size=63", ["(63)", "data.lanes (4)", "60 and 64"]),
+        ("model.num_heads=3", ["model.dim (8)", "model.num_heads (3)", "set model.num_heads to"]),
+        ("sharding.tables={itm: {types: [row_wise]}}", ["itm", "category, item, tag, user"]),
+        (
+            "sharding.tables={item: {types: [data_parallel]}}",
+            ["item", "data_parallel", "table_wise, column_wise, row_wise"],
+        ),
+        ("features.categorical=[{name: user, table: usr}]", ["user", "usr"]),
+        ("train.sparse={name: sgd, weight_decay: 0.1}", ["sgd", "weight_decay"]),
+        ("model.arch=transformer", ["transformer", "interformer"]),
+        ("train.dense.lr=.nan", ["train.dense.lr"]),
+    ],
+)
+def test_a_mistake_is_named_with_its_way_out(tiny, override, parts):
+    with pytest.raises(ConfigError) as e:
+        load_config(tiny, [override])
+    assert all(part in str(e.value) for part in parts), str(e.value)
+    assert len(str(e.value).splitlines()) < 12
+
+
+@pytest.mark.parametrize("override", ["train.epochs", "=3", "--epochs=3", "train.epochs.x=3", "train.epochs=[1"])
+def test_an_override_that_is_none_is_refused(tiny, override):
+    with pytest.raises(ConfigError, match="override"):
+        load_config(tiny, [override])
+
+
+def test_multi_hot_feature_cannot_share_a_sequences_table(tiny):
+    with pytest.raises(ConfigError, match=r"tags.*item.*table of its own"):
+        load_config(
+            tiny, ["features.categorical=[{name: tags, table: item, multi_hot: true}, {name: user, table: user}]"]
+        )
+
+
+def test_files_that_are_no_configuration(tmp_path):
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml"):
+        load_config(tmp_path / "nowhere.yaml")
+    for text, said in (("a: [", "not valid YAML"), ("- 1", "mapping")):
+        (tmp_path / "bad.yaml").write_text(text)
+        with pytest.raises(ConfigError, match=said):
+            load_config(tmp_path / "bad.yaml")
+
+
+def test_command_line_prints_the_resolved_configuration_without_running(tiny, capsys):
+    assert main(["--config", str(tiny), "--print-config", "train.epochs=3"]) == 0
+    printed = capsys.readouterr().out
+    config = load_config(tiny, ["train.epochs=3"])
+    assert fingerprint(config) in printed.splitlines()[0]
+    assert yaml.safe_load(printed)["train"]["epochs"] == 3
+    assert main(["--config", str(tiny), "train.epoch=3"]) == 2
+    assert "nearest is epochs" in capsys.readouterr().err
