@@ -1,0 +1,157 @@
+"""Plans without processes: what the planner finds, what plan.json holds, and which plans are refused."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+from torchrec.distributed.types import ShardingPlan
+
+from dlrm_scale.cluster import ClusterSpec, Figure, this_cluster
+from dlrm_scale.errors import ConfigError, PlanError
+from dlrm_scale.models.embeddings import Embeddings
+from dlrm_scale.sharding.apply import to_torchrec
+from dlrm_scale.sharding.plan import load_plan, plan_request, save_plan
+from dlrm_scale.sharding.planner import find_plan
+from dlrm_scale.sharding.sharders import make_sharders
+from tests.support.configs import tiny_config
+
+
+def planned(config, cluster):
+    skeleton = nn.Module()
+    skeleton.embeddings = Embeddings(config.features)
+    request = plan_request(config, cluster)
+    return find_plan(skeleton, request, config.train.sparse, search_seconds=5), request
+
+
+@pytest.fixture(scope="module")
+def two_ranks_plan():
+    return planned(tiny_config(), this_cluster(2, 2, "cpu"))
+
+
+def test_plan_covers_every_table_within_its_collections_types(two_ranks_plan):
+    plan, request = two_ranks_plan
+    assert set(plan.tables) == set(request.tables) == {"user", "item", "category", "tag"}
+    for name in ("item", "category"):
+        assert plan.tables[name].sharding_type in ("table_wise", "column_wise", "row_wise")
+    assert all(load.table_bytes > 0 and sum(load.step_ms.values()) > 0 for load in plan.ranks)
+
+
+def test_plan_file_reads_back_equal(two_ranks_plan, tmp_path):
+    plan, request = two_ranks_plan
+    save_plan(plan, tmp_path / "plan.json")
+    assert load_plan(tmp_path / "plan.json", request) == plan
+    assert isinstance(to_torchrec(plan), ShardingPlan)
+    assert [p.name for p in tmp_path.iterdir()] == ["plan.json"]
+
+
+def test_plan_of_another_batch_or_constraints_may_be_replayed(two_ranks_plan, tmp_path):
+    plan, _ = two_ranks_plan
+    save_plan(plan, tmp_path / "plan.json")
+    other = tiny_config(train={"global_batch_size": 128}, sharding={"tables": {"user": {"types": ["row_wise"]}}})
+    assert load_plan(tmp_path / "plan.json", plan_request(other, this_cluster(2, 2, "cpu"))) == plan
+
+
+def test_plan_of_another_model_or_cluster_is_refused_with_the_difference(two_ranks_plan, tmp_path):
+    plan, _ = two_ranks_plan
+    save_plan(plan, tmp_path / "plan.json")
+    tables = {
+        "user": {"num_embeddings": 501, "embedding_dim": 8},
+        "item": {"num_embeddings": 300, "embedding_dim": 16, "data_type": "fp16"},
+        "category": {"num_embeddings": 20, "embedding_dim": 16},
+        "tags": {"num_embeddings": 100, "embedding_dim": 8},
+    }
+    categorical = [{"name": n, "table": n} for n in ("user", "item", "category", "tags")]
+    other = tiny_config(features={"tables": tables, "categorical": categorical})
+    with pytest.raises(PlanError) as e:
+        load_plan(tmp_path / "plan.json", plan_request(other, this_cluster(4, 2, "cpu")))
+    for said in (
+        "user: num_embeddings is 500 in the plan, 501",
+        "item: embedding_dim is 8 in the plan, 16",
+        "item: data_type is fp32 in the plan, fp16",
+        "tag: in the plan, not in this model",
+        "tags: in this model, not in the plan",
+        "num_ranks is 2 in the plan, 4",
+    ):
+        assert said in str(e.value), str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda plan: plan["request"]["tables"]["user"].update(num_embeddings=7), "altered"),
+        (lambda plan: plan["tables"].pop("user"), "no entry for table user"),
+        (lambda plan: plan["tables"]["item"]["shards"][0].update(num_rows=1), "cover"),
+        (lambda plan: plan["tables"]["item"]["shards"][0].update(rank=9), "rank"),
+        (lambda plan: plan.pop("ranks"), "not a plan"),
+        (lambda plan: plan.update(extra=1), "not a plan"),
+    ],
+)
+def test_plan_that_was_spoilt_is_refused(two_ranks_plan, tmp_path, spoil, said):
+    plan, request = two_ranks_plan
+    save_plan(plan, tmp_path / "plan.json")
+    tree = json.loads((tmp_path / "plan.json").read_text())
+    spoil(tree)
+    (tmp_path / "plan.json").write_text(json.dumps(tree))
+    with pytest.raises(PlanError, match=said):
+        load_plan(tmp_path / "plan.json", request)
+
+
+def test_plan_that_is_no_file(two_ranks_plan, tmp_path):
+    with pytest.raises(PlanError, match="nowhere"):
+        load_plan(tmp_path / "nowhere.json", two_ranks_plan[1])
+
+
+def test_constraints_are_kept():
+    for kind, shards in (("row_wise", 2), ("column_wise", 2), ("table_wise", 1), ("data_parallel", 0)):
+        config = tiny_config(sharding={"tables": {"user": {"types": [kind], "min_partition": 4}}})
+        plan, _ = planned(config, this_cluster(2, 2, "cpu"))
+        assert plan.tables["user"].sharding_type == kind and len(plan.tables["user"].shards) == shards
+
+
+def test_tables_that_do_not_fit_say_so_with_bytes_and_ways_out():
+    config = tiny_config(
+        features={
+            "tables": {
+                **tiny_config().model_dump(mode="json")["features"]["tables"],
+                "user": {"num_embeddings": 10**9, "embedding_dim": 128},
+            }
+        }
+    )
+    with pytest.raises(PlanError, match=r"512\.\d+ GB of .* GB(.|\n)*more ranks"):
+        planned(config, this_cluster(2, 2, "cpu"))
+
+
+def test_a_trillion_parameters_are_planned_for_a_cluster_that_is_not_here():
+    gb = 1e9 / 1e3
+    tables = {f"t{i}": {"num_embeddings": 200_000_000, "embedding_dim": 128, "data_type": "fp16"} for i in range(40)}
+    config = tiny_config(
+        features={"tables": tables, "categorical": [{"name": n, "table": n} for n in tables], "sequences": []},
+        data={"lanes": 128},
+        train={"global_batch_size": 65536},
+        model={"mode": "sole"},
+    )
+    cluster = ClusterSpec(
+        device="cuda",
+        num_ranks=128,
+        ranks_per_host=8,
+        memory_bytes=Figure(value=80e9, source="datasheet"),
+        memory_bandwidth_bytes_per_ms=Figure(value=3350 * gb, source="datasheet"),
+        intra_host_bandwidth_bytes_per_ms=Figure(value=450 * gb, source="datasheet"),
+        inter_host_bandwidth_bytes_per_ms=Figure(value=50 * gb, source="datasheet"),
+    )
+    plan, request = planned(config, cluster)
+    assert sum(t.num_embeddings * t.embedding_dim for t in request.tables.values()) > 1e12
+    assert max(load.table_bytes for load in plan.ranks) < 0.85 * 80e9
+
+
+def test_an_optimizer_that_the_device_lacks_is_refused():
+    config = tiny_config(train={"sparse": {"name": "adam"}})
+    with pytest.raises(ConfigError, match=r"adam.*CUDA only.*rowwise_adagrad"):
+        make_sharders(config.train.sparse, "cpu")
+    assert len(make_sharders(config.train.sparse, "cuda")) == 2
+
+
+def test_planning_leaves_tables_on_meta():
+    config = tiny_config()
+    assert all(p.device == torch.device("meta") for p in Embeddings(config.features).parameters())
