@@ -1,5 +1,7 @@
 """The learning-rate schedule, the cadence predicate, and the plain twins of the fused rules."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -21,7 +23,7 @@ def test_schedule_warms_up_then_decays_to_its_last_factor_at_the_last_step(decay
     factors = [learning_rate_factor(step, schedule, total_steps=21) for step in range(21)]
     assert factors[:4] == [0.25, 0.5, 0.75, 1.0]
     assert factors[4] == 1.0 and factors[-1] == pytest.approx(0.1)
-    assert all(a > b for a, b in zip(factors[4:], factors[5:], strict=False))
+    assert all(a > b for a, b in pairwise(factors[4:]))
     assert factors[12] == pytest.approx(0.55)  # half-way both shapes are half-way
 
 
