@@ -26,6 +26,9 @@ COLUMNS = (LABEL, *INTEGERS, *CATEGORIES)
 TSV_SCHEMA = pa.schema(
     [(name, pa.int64()) for name in (LABEL, *INTEGERS)] + [(name, pa.uint32()) for name in CATEGORIES]
 )
+NPY_SCHEMA = pa.schema(
+    [(LABEL, pa.int32())] + [(name, pa.float32()) for name in INTEGERS] + [(name, pa.int64()) for name in CATEGORIES]
+)
 ROWS_PER_BLOCK = 8192
 MAX_TSV_ROWS = 8_000_000  # of one split: about 2 GB of text, 1.7 GB held
 HEX_DIGITS = 8
@@ -83,7 +86,7 @@ class CriteoNpySource(FileSource):
 
     def __init__(self, split: Split, schema: FeatureSchema):
         files = expand(split.paths)
-        check_columns(schema, TSV_SCHEMA, str(files[0]))
+        check_columns(schema, NPY_SCHEMA, str(files[0]))
         logged = [f.name for f in schema.dense if f.transform == "log1p"]
         if logged:
             raise ConfigError(
