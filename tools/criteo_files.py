@@ -53,8 +53,7 @@ def write_npy(source: Path, output: Path, on_rows: Callable[[int], None]) -> lis
     start = 0
     for batch in read_tsv(source, COLUMNS):
         rows = slice(start, start + batch.num_rows)
-        shifted = (_matrix(batch, INTEGERS, np.int64) - (smallest - 2)).astype(np.int32)
-        dense[rows] = np.log(shifted, dtype=np.float32)
+        dense[rows] = np.log(_matrix(batch, INTEGERS, np.int64) - (smallest - 2), dtype=np.float32)
         sparse[rows] = _matrix(batch, CATEGORIES, np.int64)
         labels[rows] = _matrix(batch, (LABEL,), np.int32)
         start = rows.stop
