@@ -2,7 +2,7 @@
 
 import sys
 
-if sys.version_info < (3, 11):
+if sys.version_info < (3, 11):  # noqa: UP036
     sys.exit(
         f"fault  python  {sys.version.split()[0]}, but this project runs on Python 3.11\n"
         "       -> rm -rf .venv && make install PYTHON=python3.11"

@@ -91,6 +91,8 @@ def check_build(facts: Facts) -> Check:
     stand_in = facts.installed["fbgemm-gpu"]
     cuda_wheel = stand_in is not None and not stand_in.endswith("+cpu")
     cpu_wheel = facts.installed["fbgemm-gpu-cpu"] is not None
+    if not cuda_wheel and not cpu_wheel:
+        return Check("fbgemm build", "fault", "none is installed", reinstall_command(facts))
     if cuda_wheel and cpu_wheel:
         found = "the CUDA and the CPU build of fbgemm are both installed and overwrite each other's files"
         return Check("fbgemm build", "fault", found, reinstall_command(facts))

@@ -65,8 +65,7 @@ def probe_fbgemm_gpu() -> dict:
 
 
 def probe_torchrec() -> dict:
-    import torchrec  # noqa: F401
-    import torchrec.distributed.model_parallel  # noqa: F401
+    import torchrec.distributed  # noqa: F401
 
     return {}
 
