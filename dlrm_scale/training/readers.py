@@ -7,6 +7,7 @@ from itertools import islice
 from dlrm_scale.config import RunConfig
 from dlrm_scale.data.batch import RecBatch
 from dlrm_scale.data.loader import Reader, StepAgreement, StepStatus, batches, prefetch
+from dlrm_scale.data.order import Order
 from dlrm_scale.data.source import Rows, Source
 from dlrm_scale.errors import ConfigError
 from dlrm_scale.training.ranks import Rank, make_agree
@@ -73,16 +74,16 @@ class EvalReader:
 
 
 def _reader(config: RunConfig, rank: Rank, source: Source, shuffle_window_blocks: int, max_rows: int | None) -> Reader:
-    lanes_per_rank = config.data.lanes // rank.world_size
-    return Reader(
+    order = Order(
         source,
         lanes=config.data.lanes,
-        owned_lanes=range(rank.index * lanes_per_rank, (rank.index + 1) * lanes_per_rank),
         global_batch_size=config.train.global_batch_size,
         shuffle_window_blocks=shuffle_window_blocks,
         seed=config.seed,
         max_rows=max_rows,
     )
+    lanes_per_rank = config.data.lanes // rank.world_size
+    return Reader(source, order, range(rank.index * lanes_per_rank, (rank.index + 1) * lanes_per_rank))
 
 
 def _batches(

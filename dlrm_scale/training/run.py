@@ -61,7 +61,7 @@ def run(config: RunConfig) -> TrainResult:
 def prepare(config: RunConfig, rank: Rank) -> Prepared:
     """Checks data, plan and output folder; writes config.yaml and plan.json there."""
     for split in ("train", "eval"):
-        source = open_source(config.data, split, config.features, config.seed)
+        source = open_source(config.data, config.features, split, config.seed)
         if source is not None:
             preflight(source, config.data.preflight_rows)
     plan = make_plan(config, rank)
@@ -100,8 +100,8 @@ def _make_run_dir(config: RunConfig) -> Path:
 
 
 def _train(config: RunConfig, rank: Rank, prepared: Prepared, board: Board, console: Console | None) -> TrainResult:
-    train_source = open_source(config.data, "train", config.features, config.seed)
-    eval_source = open_source(config.data, "eval", config.features, config.seed)
+    train_source = open_source(config.data, config.features, "train", config.seed)
+    eval_source = open_source(config.data, config.features, "eval", config.seed)
     train_reader = TrainReader(config, rank, train_source)
     eval_reader = EvalReader(config, rank, eval_source) if eval_source is not None else None
     model = build_model(config, dense_device=rank.device)

@@ -15,6 +15,7 @@ from dlrm_scale.config import RunConfig
 from dlrm_scale.data.batch import RecBatch
 from dlrm_scale.data.loader import Reader, agree_alone, batches
 from dlrm_scale.data.open import open_source
+from dlrm_scale.data.order import Order
 from dlrm_scale.models.embeddings import Embeddings
 from dlrm_scale.models.ranking_model import RankingModel, build_model
 from dlrm_scale.sharding.apply import INIT_BLOCK_ROWS, MODULE_PATHS, _fill, shard_model
@@ -63,16 +64,16 @@ def make_plan(config: RunConfig, world_size: int, ranks_per_host: int) -> Plan:
 
 def global_batches(config: RunConfig, world_size: int, rank: int) -> list[RecBatch]:
     """NUM_STEPS batches of one rank; of world size 1 they are the global ones."""
-    source = open_source(config.data, "train", config.features, config.seed)
+    source = open_source(config.data, config.features, "train", config.seed)
     lanes = config.data.lanes // world_size
-    reader = Reader(
+    order = Order(
         source,
         lanes=config.data.lanes,
-        owned_lanes=range(rank * lanes, (rank + 1) * lanes),
         global_batch_size=config.train.global_batch_size,
         shuffle_window_blocks=1,
         seed=0,
     )
+    reader = Reader(source, order, range(rank * lanes, (rank + 1) * lanes))
     local = config.train.global_batch_size // world_size
     stream = batches(reader.steps(0), config.features, local_batch_size=local, accumulate_steps=1, agree=agree_alone)
     return [next(stream) for _ in range(NUM_STEPS)]

@@ -1,0 +1,257 @@
+"""From a source to this rank's batches: lanes read in order, agreed on by all ranks, batched, ahead of time.
+
+with prefetch(batches(reader.steps(epoch), schema, ...), depth=4) as stream:
+    for batch in stream: ...
+"""
+
+import queue
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from dlrm_scale.data.batch import RecBatch
+from dlrm_scale.data.order import Order, Window
+from dlrm_scale.data.source import Jagged, Rows, Source
+from dlrm_scale.errors import PeerError
+from dlrm_scale.features import FeatureSchema
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class StepStatus:
+    """What one rank has for a step."""
+
+    weight_sum: float
+    ended: bool
+    failed: bool
+
+
+@dataclass(frozen=True)
+class StepAgreement:
+    """What all ranks have for it."""
+
+    mean_rank_weight: float
+    all_ended: bool
+    any_failed: bool
+
+
+def agree_alone(status: StepStatus) -> StepAgreement:
+    """The agreement of one process with itself."""
+    return StepAgreement(status.weight_sum, status.ended, status.failed)
+
+
+class Reader:
+    """Reads the lanes that one rank owns."""
+
+    def __init__(self, source: Source, order: Order, owned_lanes: range) -> None:
+        self.source, self.order, self.owned_lanes = source, order, owned_lanes
+        self._windows: OrderedDict[int, Rows] = OrderedDict()
+
+    def steps(self, epoch: int, first_step: int = 0) -> Iterator[Rows]:
+        """This rank's rows of each step from `first_step` on: steps_per_epoch - first_step items, the last ones maybe empty.
+
+        Raises:
+            DataError: a bad value, when it is read.
+        """
+        windows = self.order.windows(epoch)
+        starts = np.array([w.start for w in windows])
+        batch = self.order.lane_batch_size
+        self._windows.clear()
+        for step in range(first_step, self.order.steps_per_epoch):
+            parts = []
+            for lane in self.owned_lanes:
+                positions = self.order.lane_range(lane)[step * batch : (step + 1) * batch]
+                parts += self._read(windows, starts, positions)
+            yield concatenate(parts) if parts else take(self._window(windows, 0), np.arange(0))
+
+    def _read(self, windows: list[Window], starts: np.ndarray, positions: range) -> Iterator[Rows]:
+        """The rows at consecutive positions of the epoch's order, in parts that each lie in one window."""
+        at = positions.start
+        while at < positions.stop:
+            index = int(np.searchsorted(starts, at, side="right")) - 1
+            window = windows[index]
+            end = min(positions.stop, window.start + window.num_rows)
+            yield take(self._window(windows, index), np.arange(at - window.start, end - window.start))
+            at = end
+
+    def _window(self, windows: list[Window], index: int) -> Rows:
+        """A window's rows, mixed. As many are kept as there are lanes here: each lane is in one at a time."""
+        if index in self._windows:
+            self._windows.move_to_end(index)
+            return self._windows[index]
+        window = windows[index]
+        while len(self._windows) >= len(self.owned_lanes):
+            self._windows.popitem(last=False)
+        rows = concatenate([self._block(block) for block in window.blocks])
+        permutation = window.permutation()
+        self._windows[index] = rows if permutation is None else take(rows, permutation)
+        return self._windows[index]
+
+    def _block(self, block: int) -> Rows:
+        rows, wanted = self.source.read_block(block), int(self.order.block_rows[block])
+        return rows if rows.num_rows == wanted else take(rows, np.arange(wanted))
+
+
+def take(rows: Rows, index: np.ndarray) -> Rows:
+    """The rows at `index`, in that order."""
+    return Rows(
+        dense_RF=rows.dense_RF[index],
+        ids={name: _take_jagged(jagged, index) for name, jagged in rows.ids.items()},
+        labels_RT=rows.labels_RT[index],
+        weights_R=rows.weights_R[index],
+        groups_R=rows.groups_R[index],
+    )
+
+
+def _take_jagged(jagged: Jagged, index: np.ndarray) -> Jagged:
+    starts, lengths = jagged.offsets[:-1][index], jagged.lengths[index]
+    offsets = np.concatenate(([0], np.cumsum(lengths)))
+    where = np.repeat(starts - offsets[:-1], lengths) + np.arange(offsets[-1])
+    return Jagged(jagged.values[where], offsets)
+
+
+def concatenate(parts: list[Rows]) -> Rows:
+    """The rows of all parts, one part behind the other."""
+    if len(parts) == 1:
+        return parts[0]
+    ids = {}
+    for name in parts[0].ids:
+        jagged = [part.ids[name] for part in parts]
+        values = np.concatenate([j.values[j.offsets[0] : j.offsets[-1]] for j in jagged])
+        offsets = np.concatenate(([0], np.cumsum(np.concatenate([j.lengths for j in jagged]))))
+        ids[name] = Jagged(values, offsets)
+    columns = ("dense_RF", "labels_RT", "weights_R", "groups_R")
+    return Rows(ids=ids, **{c: np.concatenate([getattr(part, c) for part in parts]) for c in columns})
+
+
+def batches(
+    steps: Iterator[Rows],
+    schema: FeatureSchema,
+    *,
+    local_batch_size: int,
+    accumulate_steps: int,
+    agree: Callable[[StepStatus], StepAgreement],
+) -> Iterator[RecBatch]:
+    """Each step's rows as `accumulate_steps` micro-batches of equal size, filled up with rows of weight 0.
+
+    All ranks end together: one whose rows have ended goes on with batches of weight 0 until the last rank's have. Each
+    batch is given the weight of its whole step, so that the micro-batches' losses add up to the global batch's mean.
+
+    Raises:
+        DataError: from reading; the other ranks hear of it before it is raised, and raise PeerError.
+    """
+    empty: Rows | None = None
+    micro_batch_size = local_batch_size // accumulate_steps
+    while True:
+        try:
+            rows = next(steps, None)
+        except BaseException:
+            agree(StepStatus(0.0, ended=True, failed=True))
+            raise
+        weight_sum = float(rows.weights_R.sum(dtype=np.float64)) if rows is not None else 0.0
+        agreed = agree(StepStatus(weight_sum, ended=rows is None, failed=False))
+        if agreed.any_failed:
+            raise PeerError("another rank could not read its data; its own error says why")
+        if agreed.all_ended:
+            return
+        if rows is None:
+            rows = empty if empty is not None else _no_rows(schema)
+        empty = take(rows, np.arange(0))
+        # a step of total weight 0 teaches nothing whatever it is divided by
+        step_weight = agreed.mean_rank_weight or 1.0
+        for first in range(0, local_batch_size, micro_batch_size):
+            part = take(rows, np.arange(min(first, rows.num_rows), min(first + micro_batch_size, rows.num_rows)))
+            yield to_batch(part, schema, micro_batch_size, step_weight)
+
+
+def _no_rows(schema: FeatureSchema) -> Rows:
+    nothing = Jagged(np.zeros(0, np.int64), np.zeros(1, np.int64))
+    return Rows(
+        dense_RF=np.zeros((0, len(schema.dense)), np.float32),
+        ids={key: nothing for key in (*schema.bag_keys, *schema.sequence_keys)},
+        labels_RT=np.zeros((0, len(schema.labels)), np.float32),
+        weights_R=np.zeros(0, np.float32),
+        groups_R=np.zeros(0, np.int64),
+    )
+
+
+def to_batch(rows: Rows, schema: FeatureSchema, batch_size: int, mean_rank_weight: float) -> RecBatch:
+    """`rows`, filled up to `batch_size` with rows of weight 0 that hold no id."""
+    missing = batch_size - rows.num_rows
+    assert missing >= 0, (batch_size, rows.num_rows)
+
+    def filled(column: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.concatenate([column, np.zeros((missing, *column.shape[1:]), column.dtype)]))
+
+    return RecBatch(
+        dense_BF=filled(rows.dense_RF),
+        bags=_keyed_jagged(rows, schema.bag_keys, missing),
+        sequences=_keyed_jagged(rows, schema.sequence_keys, missing),
+        labels_BT=filled(rows.labels_RT),
+        weights_B=filled(rows.weights_R),
+        groups_B=filled(rows.groups_R),
+        mean_rank_weight=torch.tensor(mean_rank_weight, dtype=torch.float32),
+    )
+
+
+def _keyed_jagged(rows: Rows, keys: tuple[str, ...], missing: int) -> KeyedJaggedTensor | None:
+    if not keys:
+        return None
+    jagged = [rows.ids[key] for key in keys]
+    values = np.concatenate([j.values[j.offsets[0] : j.offsets[-1]] for j in jagged])
+    padding = np.zeros(missing, np.int32)
+    lengths = np.concatenate([part for j in jagged for part in (j.lengths.astype(np.int32), padding)])
+    return KeyedJaggedTensor(keys=list(keys), values=torch.from_numpy(values), lengths=torch.from_numpy(lengths))
+
+
+@contextmanager
+def prefetch(items: Iterator[T], depth: int) -> Iterator[Iterator[T]]:
+    """Runs `items` in a background thread, at most `depth` items ahead; leaving the context stops it.
+
+    What `items` raises is raised to the consumer in its place.
+    """
+    ready: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(maxsize=depth)
+    stop = threading.Event()
+
+    def put(item: tuple[T | None, BaseException | None]) -> None:
+        while not stop.is_set():
+            try:
+                return ready.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+
+    def work() -> None:
+        try:
+            for item in items:
+                put((item, None))
+                if stop.is_set():
+                    return
+            put((None, StopIteration()))
+        except BaseException as e:
+            put((None, e))
+
+    def consume() -> Iterator[T]:
+        while True:
+            item, end = ready.get()
+            if end is None:
+                yield item
+            elif isinstance(end, StopIteration):
+                return
+            else:
+                raise end
+
+    thread = threading.Thread(target=work, name="prefetch", daemon=True)
+    thread.start()
+    try:
+        yield consume()
+    finally:
+        stop.set()
+        thread.join(timeout=5)
