@@ -10,7 +10,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-NORM_EPS = 1e-8
+NORM_EPS = 1e-10
 
 
 def linear(in_features: int, out_features: int, bias: bool = True) -> nn.Linear:

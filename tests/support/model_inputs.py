@@ -30,7 +30,14 @@ FEATURES = {
     ],
     "labels": ["click", "buy"],
 }
-SMALL_INTERFORMER = {"arch": "interformer", "dim": 8, "num_layers": 2, "num_heads": 2, "dcn_rank": 4, "head_hidden": [16]}
+SMALL_INTERFORMER = {
+    "arch": "interformer",
+    "dim": 8,
+    "num_layers": 2,
+    "num_heads": 2,
+    "dcn_rank": 4,
+    "head_hidden": [16],
+}
 
 
 def run_config(features: dict | None = None, seed: int = 0, precision: str = "fp32", **model: object) -> RunConfig:
@@ -78,7 +85,9 @@ def _jagged(
     if not keys:
         return None
     values = [
-        torch.randint(0, schema.tables[schema.table_of[k]].num_embeddings, (int(lengths[k].sum()),), generator=generator)
+        torch.randint(
+            0, schema.tables[schema.table_of[k]].num_embeddings, (int(lengths[k].sum()),), generator=generator
+        )
         for k in keys
     ]
     return KeyedJaggedTensor(list(keys), torch.cat(values), lengths=torch.cat([lengths[k] for k in keys]))
