@@ -27,6 +27,7 @@ def test_pipelined_predictions_are_those_of_the_plain_model(one_rank, arch):
     config = run_config(arch=arch)
     plain = build_model(config, table_device=CPU, dense_device=CPU)
     sharded = DistributedModelParallel(copy.deepcopy(plain), device=CPU)
+    sharded.load_state_dict(plain.state_dict())  # wrapping drew new tables
 
     model = sharded.module
     graph = Tracer(leaf_modules=_get_leaf_module_names(model)).trace(model)
