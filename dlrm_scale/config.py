@@ -112,7 +112,7 @@ class InterFormerConfig(Strict):
     dcn_layers: int = Field(2, gt=0)
     dcn_rank: int = Field(32, gt=0)
     head_hidden: tuple[int, ...] = (1024, 512, 256, 128)
-    dropout: float = Field(0.0, ge=0, lt=1)
+    dropout: float = Field(0.0, ge=0, lt=1, description="of the head's hidden layers and the outputs of PFFN and MHA")
 
     @model_validator(mode="after")
     def _check(self) -> "InterFormerConfig":
@@ -120,6 +120,11 @@ class InterFormerConfig(Strict):
             raise ValueError(
                 f"model.dim ({self.dim}) over model.num_heads ({self.num_heads}) must be an even whole number (rotary pairs); "
                 f"set model.num_heads to {self._nearest_heads()} or change model.dim"
+            )
+        if self.mode != "sole" and not (self.attention or self.num_pma or self.num_recent):
+            raise ValueError(
+                "model.attention is false and model.num_pma and model.num_recent are 0, so that nothing would read the events; "
+                "keep one of them, or set model.mode=sole"
             )
         return self
 

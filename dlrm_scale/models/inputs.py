@@ -1,0 +1,73 @@
+"""From looked-up embeddings to dense tensors, read by feature name and never by position.
+
+The column order of a sharded `KeyedTensor` depends on the plan; these are the only functions that look inside one.
+"""
+
+# B batch  V all events of the batch  T padded events  D a table's embedding dim  E concatenated fields' dims
+from collections.abc import Sequence as Seq
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchrec.distributed.types import Awaitable
+from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedTensor
+
+from dlrm_scale.features import FeatureSchema, Sequence
+
+Embedded = dict[str, JaggedTensor]
+
+
+def wait(lookup: Any) -> Any:
+    """The result of a lookup, whether or not it is still under way on other ranks."""
+    return lookup.wait() if isinstance(lookup, Awaitable) else lookup
+
+
+def categorical_vectors(schema: FeatureSchema, pooled: KeyedTensor | None, embedded: Embedded | None) -> list[Tensor]:
+    """One (B, D_table) for each of `schema.categorical`, in that order; a sample without an id gets zeros."""
+    of = {} if pooled is None else pooled.to_dict()  # one split: its backward is one concatenation
+    of |= {f.name: _single_id(embedded[f.name]) for f in schema.sequence_id_features}
+    return [of[f.name] for f in schema.categorical]
+
+
+def sequence_means(schema: FeatureSchema, embedded: Embedded | None) -> list[Tensor]:
+    """One (B, D_table) for each of `schema.sequence_fields`: the mean of its events; no events give zeros."""
+    means = []
+    for sequence in schema.sequences:
+        for f in sequence.fields:
+            jagged = embedded[f.name]
+            events_BTD = pad_events([jagged.values()], jagged, sequence.max_length)
+            means.append(events_BTD.sum(1) / jagged.lengths().clamp(min=1).unsqueeze(1))
+    return means
+
+
+def pad_events(fields_VD: Seq[Tensor], jagged: JaggedTensor, max_length: int) -> Tensor:
+    """Joins aligned fields of one sequence on the embedding axis and pads its events.
+
+        fields  a: a0 a1 a2 | (none) | a3        ->   a0b0  a1b1  a2b2
+                b: b0 b1 b2 | (none) | b3              0     0     0
+                   sample 0   1        2              a3b3   0     0
+
+    Args:
+        fields_VD: the values of each field, all with the offsets of `jagged`; oldest event first.
+        max_length: T; no sample has more events (the loader keeps the latest ones).
+
+    Returns:
+        (B, T, E): left-aligned, zeros behind the last event.
+    """
+    joined_VE = fields_VD[0] if len(fields_VD) == 1 else torch.cat(tuple(fields_VD), dim=1)
+    torch._assert_async((jagged.lengths() <= max_length).all(), "a sample has more events than its max_length")
+    return torch.ops.fbgemm.jagged_to_padded_dense(joined_VE, [jagged.offsets()], [max_length], 0.0)
+
+
+def valid_mask(lengths_B: Tensor, num_slots: int) -> Tensor:
+    """(B, num_slots) bool: True where a left-aligned sequence of that length holds an event."""
+    return torch.arange(num_slots, device=lengths_B.device) < lengths_B.unsqueeze(1)
+
+
+def sequence_lengths(sequence: Sequence, embedded: Embedded) -> Tensor:
+    """(B,): events of each sample; the fields of one sequence are equally long."""
+    return embedded[sequence.fields[0].name].lengths()
+
+
+def _single_id(jagged: JaggedTensor) -> Tensor:
+    return pad_events([jagged.values()], jagged, max_length=1).squeeze(1)
