@@ -58,7 +58,7 @@ def quiet_libraries() -> None:
 
     for module in ("torch", "torchrec", "fbgemm_gpu", "pyre_extensions", "torchmetrics", "tensorboard"):
         warnings.filterwarnings("ignore", module=rf"{module}(\.|$)")
-    for name in ("torch", "torchrec", "fbgemm_gpu", "root"):
+    for name in ("torch", "torch.fx._symbolic_trace", "torchrec", "fbgemm_gpu", "root"):
         logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 

@@ -124,7 +124,7 @@ def _train(config: RunConfig, rank: Rank, prepared: Prepared, board: Board, cons
 
 def oracle_metrics(config: RunConfig, source: SyntheticSource) -> Metrics:
     """The metrics of the true probabilities on the held-out samples: what a perfect model would get."""
-    num_rows = min(config.eval.max_samples or source.num_rows, source.num_rows)
+    num_rows = min(int(source.block_starts[-1]), config.eval.max_samples or int(source.block_starts[-1]))
     blocks = [source.read_block(b) for b in range(len(source.block_starts) - 1) if source.block_starts[b] < num_rows]
     labels_RT, weights_R, groups_R = (
         np.concatenate([getattr(block, name) for block in blocks])[:num_rows]

@@ -5,12 +5,12 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
-from support.model_inputs import random_batch, run_config
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.distributed.train_pipeline.tracing import Tracer, _get_leaf_module_names
 
 from dlrm_scale.models.ranking_model import build_model
+from tests.support.model_inputs import random_batch, run_config
 
 CPU = torch.device("cpu")
 

@@ -1,7 +1,7 @@
 """Every sharding type computes what one unsharded process computes: logits, and tables after optimizer steps.
 
-The twin is plain torch on the concatenated global batch. Tolerances: sharded sums run in another order than the twin's, so
-results agree to float32 rounding (1e-6 of values around 0.1 to 1), not bitwise.
+The twin is plain torch on the concatenated global batch. Sharded sums run in another order than the twin's, so results agree to
+float32 rounding, not bitwise: about 1e-6 after three steps, against 1e-2 that the steps move; the bound leaves a factor of ten.
 """
 
 import copy
@@ -35,7 +35,7 @@ BAG_TYPES = (
 )
 SEQUENCE_TYPES = ("table_wise", "column_wise", "row_wise")
 NUM_STEPS = 3
-TOLERANCE = 1e-6
+TOLERANCE = 1e-5
 
 
 def case_config(bag_type: str, sequence_type: str, sparse: dict) -> RunConfig:

@@ -1,11 +1,11 @@
 import pytest
 import torch
-from support.model_inputs import FEATURES, random_batch, run_config, with_features
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from dlrm_scale.errors import ConfigError
 from dlrm_scale.models.embeddings import Embeddings
 from dlrm_scale.models.inputs import categorical_vectors, pad_events, sequence_means
+from tests.support.model_inputs import FEATURES, random_batch, run_config, with_features
 
 CPU = torch.device("cpu")
 

@@ -1,9 +1,9 @@
 import torch
-from support.model_inputs import run_config
 
 from dlrm_scale.models.dhen import InteractionArch
 from dlrm_scale.models.interactions import LowRankCross, PairwiseDots
 from dlrm_scale.models.layers import NORM_EPS
+from tests.support.model_inputs import run_config
 
 
 def test_low_rank_cross_equals_full_matrices():

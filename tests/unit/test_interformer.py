@@ -1,12 +1,12 @@
 import pytest
 import torch
-from support.model_inputs import FEATURES, random_batch, run_config, with_features
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
 from dlrm_scale.errors import ConfigError
 from dlrm_scale.models.attention import SelfAttention
 from dlrm_scale.models.interformer import InterFormer, SequenceArch
 from dlrm_scale.models.ranking_model import build_model
+from tests.support.model_inputs import FEATURES, random_batch, run_config, with_features
 
 CPU = torch.device("cpu")
 MODES = ("int", "s2n", "n2s", "sep")

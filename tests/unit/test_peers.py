@@ -1,10 +1,10 @@
 import pytest
 import torch
-from support.model_inputs import FEATURES, random_batch, run_config, with_features
 
 from dlrm_scale.errors import ConfigError
 from dlrm_scale.models.inputs import categorical_vectors, sequence_means
 from dlrm_scale.models.ranking_model import build_model
+from tests.support.model_inputs import FEATURES, random_batch, run_config, with_features
 
 CPU = torch.device("cpu")
 NO_SEQUENCES = with_features(

@@ -1,10 +1,10 @@
 import pytest
 import torch
-from support.model_inputs import run_config
 from torch.nn import functional
 
 from dlrm_scale.models.layers import NORM_EPS
 from dlrm_scale.models.pffn import build_pffn
+from tests.support.model_inputs import run_config
 
 FORMS = ["rank", "matrix", "two_layer", "gdpa"]
 B, C, N, D, K, HEADS = 3, 4, 6, 16, 12, 2

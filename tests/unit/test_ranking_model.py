@@ -1,9 +1,9 @@
 import pytest
 import torch
-from support.model_inputs import random_batch, run_config
 from torch.nn import functional
 
 from dlrm_scale.models.ranking_model import WeightedLoss, build_model
+from tests.support.model_inputs import random_batch, run_config
 
 CPU = torch.device("cpu")
 
