@@ -14,7 +14,7 @@ PYTHON ?= $(shell for p in python3.11 python3 python; do \
 .PHONY: help install quickstart test doctor clean
 
 help:
-	@echo "make quickstart   train InterFormer on synthetic data, on 2 ranks"
+	@echo "make quickstart   train InterFormer on synthetic data, on every GPU or else on 2 CPU ranks"
 	@echo "make test         lint, then every test lane"
 	@echo "make doctor       check this machine and the install; prints what mends a fault"
 	@echo "make install      only set up $(VENV) (the targets above do it too)"
@@ -22,8 +22,9 @@ help:
 
 install: $(STAMP)
 
+# PYTHON given to make names the interpreter to build .venv from; the launcher must run the one inside.
 quickstart: $(STAMP)
-	@launchers/torchrun.sh --nproc 2 --config configs/quickstart.yaml
+	@PYTHON=$(PY) launchers/torchrun.sh --config configs/quickstart.yaml
 
 test: $(STAMP)
 	$(PY) -m ruff check .

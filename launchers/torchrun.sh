@@ -55,7 +55,7 @@ done
 
 cores=$(nproc)
 gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
-[[ -n $nproc ]] || nproc=$((gpus > 0 ? gpus : (cores < 2 ? cores : 2)))
+[[ -n $nproc ]] || nproc=$((gpus > 0 ? gpus : 2))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > nproc ? cores / nproc : 1))}
 
 if ((nnodes == 1)); then
