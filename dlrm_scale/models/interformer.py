@@ -162,12 +162,12 @@ class InterFormer(nn.Module):
         num_x, num_layers = self.features.num_tokens, config.num_layers
         self.num_cls = config.num_cls
         num_tokens = config.num_cls + self.events.num_events
-        self.x_to_s, self.s_to_x = config.mode in ("int", "n2s"), config.mode in ("int", "s2n")
+        x_to_s, self.s_to_x = config.mode in ("int", "n2s"), config.mode in ("int", "s2n")
         num_told = num_sequence_summary(config) if self.s_to_x else 0
         # The first summary also makes the CLS tokens; the later ones only feed the PFFN.
         num_x_summaries = 1 if config.pffn == "none" else num_layers
         self.x_summaries = nn.ModuleList(
-            NonSequenceSummary(num_x, config) if self.x_to_s else LearnedSummary(config) for _ in range(num_x_summaries)
+            NonSequenceSummary(num_x, config) if x_to_s else LearnedSummary(config) for _ in range(num_x_summaries)
         )
         self.s_summaries = nn.ModuleList(SequenceSummary(config) for _ in range(num_layers if self.s_to_x else 0))
         self.interactions = nn.ModuleList(InteractionArch(num_x + num_told, num_x, config) for _ in range(num_layers))
