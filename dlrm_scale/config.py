@@ -285,6 +285,11 @@ class RunConfig(Strict):
                 raise ValueError(
                     f"sharding.tables names {name}, which is not in features.tables: {', '.join(self.features.tables)}"
                 )
+            if "grid_shard" in constraint.types and self.features.tables[name].pooling == "mean":
+                raise ValueError(
+                    f"sharding.tables.{name}.types has grid_shard, which TorchRec 1.8.0 computes wrong for pooling: mean; leave it out, "
+                    f"or set features.tables.{name}.pooling=sum"
+                )
             refused = [t for t in constraint.types if t not in SEQUENCE_SHARDING_TYPES]
             if name in self.features.sequence_tables and refused:
                 raise ValueError(

@@ -26,6 +26,7 @@ class TableSpec(Strict):
     num_embeddings: int
     embedding_dim: int
     data_type: str
+    pooling: str
     expected_ids_by_feature: dict[str, float] = Field(description="expected ids a sample, by feature in key order")
 
 
@@ -87,6 +88,7 @@ def plan_request(config: RunConfig, cluster: ClusterSpec) -> PlanRequest:
                 num_embeddings=table.num_embeddings,
                 embedding_dim=table.embedding_dim,
                 data_type=table.data_type,
+                pooling=table.pooling,
                 expected_ids_by_feature={f: schema.expected_ids[f] for f in schema.features_of(name)},
             )
             for name, table in schema.tables.items()
@@ -135,6 +137,13 @@ def load_plan(path: str | Path, request: PlanRequest) -> Plan:
             + "\nplan again (leave sharding.plan out)"
         )
     _check_shards(plan, path)
+    mean_grids = [
+        n for n, t in plan.tables.items() if t.sharding_type == "grid_shard" and request.tables[n].pooling == "mean"
+    ]
+    if mean_grids:
+        raise PlanError(
+            f"{path}: grid_shard of table {', '.join(mean_grids)}, which pools by mean, gives wrong sums in TorchRec 1.8.0; plan again"
+        )
     return plan
 
 

@@ -46,10 +46,14 @@ def _kernels(sharding_type: str) -> list[str]:
 
 
 def make_sharders(optimizer: SparseOptimizer, device_type: str) -> list[BagSharder | SequenceSharder]:
-    """Raises ConfigError for an optimizer that the device's kernels do not have."""
+    """Raises ConfigError for what the device's kernels do not have, or would ignore."""
     if device_type == "cpu" and optimizer.name not in CPU_OPTIMIZERS:
         raise ConfigError(
             f"train.sparse.name is {optimizer.name}, which FBGEMM has for CUDA only; on CPU take one of {', '.join(CPU_OPTIMIZERS)}"
+        )
+    if device_type == "cpu" and optimizer.weight_decay:
+        raise ConfigError(
+            f"train.sparse.weight_decay is {optimizer.weight_decay}, which FBGEMM's CPU kernels ignore; set it to 0 on CPU"
         )
     fused: dict[str, Any] = {
         "optimizer": FUSED_OPTIMIZERS[optimizer.name],

@@ -51,6 +51,7 @@ def test_every_shipped_configuration_is_valid(path):
             "sharding.tables={item: {types: [data_parallel]}}",
             ["item", "data_parallel", "table_wise, column_wise, row_wise"],
         ),
+        ("sharding.tables={tag: {types: [grid_shard]}}", ["tag", "grid_shard", "pooling: mean"]),
         ("features.categorical=[{name: user, table: usr}]", ["user", "usr"]),
         ("train.sparse={name: sgd, weight_decay: 0.1}", ["sgd", "weight_decay"]),
         ("model.arch=transformer", ["transformer", "interformer"]),

@@ -109,6 +109,17 @@ def test_constraints_are_kept():
         assert plan.tables["user"].sharding_type == kind and len(plan.tables["user"].shards) == shards
 
 
+def test_a_plan_with_a_combination_that_computes_wrong_is_refused(tmp_path):
+    summed = tiny_config().model_dump(mode="json")["features"]["tables"] | {
+        "tag": {"num_embeddings": 100, "embedding_dim": 8}
+    }
+    constraint = {"tables": {"tag": {"types": ["grid_shard"], "min_partition": 8}}}
+    plan, _ = planned(tiny_config(features={"tables": summed}, sharding=constraint), this_cluster(2, 2, "cpu"))
+    save_plan(plan, tmp_path / "plan.json")
+    with pytest.raises(PlanError, match=r"grid_shard.*tag.*mean"):
+        load_plan(tmp_path / "plan.json", plan_request(tiny_config(), this_cluster(2, 2, "cpu")))
+
+
 def test_tables_that_do_not_fit_say_so_with_bytes_and_ways_out():
     config = tiny_config(
         features={
@@ -150,6 +161,9 @@ def test_an_optimizer_that_the_device_lacks_is_refused():
     with pytest.raises(ConfigError, match=r"adam.*CUDA only.*rowwise_adagrad"):
         make_sharders(config.train.sparse, "cpu")
     assert len(make_sharders(config.train.sparse, "cuda")) == 2
+    decayed = tiny_config(train={"sparse": {"name": "rowwise_adagrad", "weight_decay": 0.1}})
+    with pytest.raises(ConfigError, match=r"weight_decay is 0\.1.*CPU"):
+        make_sharders(decayed.train.sparse, "cpu")
 
 
 def test_planning_leaves_tables_on_meta():
