@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
@@ -74,18 +75,38 @@ class Trainer:
 
     def train(self) -> TrainResult:
         """Runs the reader's steps to their end, logs and evaluates on the way and after the last one."""
-        total = self.train_reader.num_steps
-        self.model.train()
+        train, result, total = self.config.train, self.result, self.train_reader.num_steps
+        until_evaluation = (self.eval_reader and self.config.eval.every_steps) or total
         with self.train_reader.batches() as batches:
             optimizer = _Watched(self.optimizer, self.clock)
-            pipeline = PIPELINES[self.config.train.pipeline](self.model, optimizer, self.rank.device)
+            pipeline = PIPELINES[train.pipeline](self.model, optimizer, self.rank.device)
             timed = self.clock.timed(batches)
-            self._start_span()
-            while self._step(pipeline, timed):
-                self._after_step(pipeline, last=self.result.num_steps == total)
-            if self.result.num_steps < total:  # the data ended before its own count of rows
-                self._after_step(pipeline, last=True)
-        return self.result
+            while result.num_steps < total:
+                # The pipeline runs empty before an evaluation: it holds exchanged ids of the batches it has begun.
+                num_steps = min(until_evaluation, total - result.num_steps)
+                if not self._run_steps(pipeline, islice(timed, num_steps * train.accumulate_steps)):
+                    break  # the data ended before its own count of rows
+                if isinstance(pipeline, TrainPipelineSparseDist):
+                    pipeline.detach()
+                self._evaluate()
+        return result
+
+    def _run_steps(self, pipeline: Any, batches: Iterator[RecBatch]) -> bool:
+        """Steps to the end of `batches`; whether there was one."""
+        log, first = self.config.log, self.result.num_steps
+        self.model.train()
+        self._start_span()
+        while self._step(pipeline, batches):
+            step = self.result.num_steps
+            if due(step, log.every_steps) or step == log.warmup_steps:
+                self._end_span()
+                if due(step, log.every_steps):
+                    self._log()
+                self._start_span()
+        self._end_span()
+        if self.steps_in_loss:
+            self._log()
+        return self.result.num_steps > first
 
     def _step(self, pipeline: Any, batches: Iterator[RecBatch]) -> bool:
         """One optimizer step; False if the data had ended."""
@@ -101,22 +122,6 @@ class Trainer:
         self.steps_in_loss += 1
         self.progress.advance(self.result.num_steps)
         return True
-
-    def _after_step(self, pipeline: Any, last: bool) -> None:
-        step, log = self.result.num_steps, self.config.log
-        should_log, should_evaluate = (
-            last or due(step, every) for every in (log.every_steps, self.config.eval.every_steps)
-        )
-        if not (should_log or should_evaluate or step == log.warmup_steps):
-            return
-        self._end_span()
-        if should_log and self.steps_in_loss:
-            self._log()
-        if should_evaluate:
-            if isinstance(pipeline, TrainPipelineSparseDist):
-                pipeline.detach()  # else the held-out batches would meet the pipelined batches' exchanged ids
-            self._evaluate()
-        self._start_span()
 
     def _start_span(self) -> None:
         self.span = (time.perf_counter(), self.result.samples_consumed)
@@ -163,7 +168,6 @@ class Trainer:
         if self.eval_reader is None:
             return
         metrics = evaluate(self.config, self.rank, self.model, self.eval_reader)
-        self.model.train()
         if metrics is not None:
             self.result.eval_metrics = metrics
             self.board.metrics("eval", metrics, self.result.num_steps)

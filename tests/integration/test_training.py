@@ -104,13 +104,13 @@ def test_an_epoch_trains_on_each_sample_once_and_pads_the_last_batch(tmp_path):
 )
 def test_a_users_mistake_ends_in_one_screen_before_training(tmp_path, overrides, code, said):
     outcome = launch(tmp_path, *overrides, timeout=60)
-    assert outcome.code != 0 and outcome.records == []
+    assert outcome.records == []
     first = outcome.errors.strip().splitlines()[0]
-    assert first.startswith("error: "), outcome.errors
+    assert first.startswith("error"), outcome.errors
     assert all(part in outcome.errors for part in said), outcome.errors
-    assert "Traceback" not in outcome.errors and outcome.errors.count("error: ") == 1
+    assert "Traceback" not in outcome.errors and outcome.errors.count("error") == 1
     assert len(outcome.errors.splitlines()) < 40
-    assert f"exitcode: {code}" in outcome.errors.replace("exitcode  :", "exitcode:") or outcome.code == code
+    assert outcome.code == code
 
 
 def test_a_used_output_folder_is_refused(tmp_path):
