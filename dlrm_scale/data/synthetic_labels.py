@@ -29,7 +29,6 @@ _MEAN_MATCH = 0.25  # about; keeps the base rate where it is when the term drops
 
 _HEAD_RANKS = 64  # ids hotter than this have effects of nearly full size
 _CROSS_CLUSTERS = 8
-_HISTORY_CLUSTERS = 8
 _RECENCY = 0.8  # weight of an event relative to the next newer one
 MAX_CLUSTERS = 1024  # a table no larger than this gives the clusters of a sequence whose last field reads it
 _FALLBACK_CLUSTERS = 16
@@ -107,15 +106,14 @@ class LabelFunction:
         first = sequence.fields[0]
         events = draw.ranks[first.name]
         lengths, clusters = events.lengths, num_clusters(self._schema, sequence)
-        cluster_of_event = events.values % clusters % _HISTORY_CLUSTERS
+        cluster_of_event = events.values % clusters % 8
         age_of_event = np.repeat(events.offsets[1:], lengths) - 1 - np.arange(len(events.values))
         recency = ((1 - _RECENCY) * _RECENCY ** np.arange(sequence.max_length))[age_of_event]
         effects = self._effect(cluster_of_event, "history", first.table, task)
         terms_R = _HISTORY * _sum_rows(recency * effects, lengths)
         tables = {field.table for field in sequence.fields}
         if any(f.table in tables for f in self._schema.sequence_id_features):  # else the target is not to be seen
-            cluster_of_target = draw.targets[first.table] % clusters % _HISTORY_CLUSTERS
-            matches = cluster_of_event == np.repeat(cluster_of_target, lengths)
+            matches = cluster_of_event == np.repeat(draw.targets[first.table] % clusters % 8, lengths)
             terms_R += _MATCH * (_sum_rows(recency * matches, lengths) - _MEAN_MATCH)
         return terms_R
 
