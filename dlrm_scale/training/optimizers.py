@@ -9,11 +9,11 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
-from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
 from dlrm_scale.config import DenseOptimizer, Schedule, SparseOptimizer, TrainConfig
 from dlrm_scale.errors import ConfigError
+from dlrm_scale.sharding.apply import ShardedModel
 
 TABLES = "embeddings."  # RankingModel's parameters under this prefix are tables
 
@@ -81,7 +81,7 @@ class TrainOptimizer:
     before; dense parameters and replicated tables step at each `accumulate_steps`-th call.
     """
 
-    def __init__(self, model: DistributedModelParallel, config: TrainConfig, total_steps: int) -> None:
+    def __init__(self, model: ShardedModel, config: TrainConfig, total_steps: int) -> None:
         trained_here = list(in_backward_optimizer_filter(model.module.named_parameters()))
         replicated = [p for name, p in trained_here if name.startswith(TABLES)]
         self.dense_parameters = [p for name, p in trained_here if not name.startswith(TABLES)]

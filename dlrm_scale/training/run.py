@@ -8,7 +8,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from rich.console import Console
-from torch import nn
 
 from dlrm_scale.cluster import this_cluster
 from dlrm_scale.config import RunConfig
@@ -16,7 +15,6 @@ from dlrm_scale.config_io import dump_config, fingerprint
 from dlrm_scale.data.open import open_source, preflight
 from dlrm_scale.data.synthetic import SyntheticSource
 from dlrm_scale.errors import ConfigError
-from dlrm_scale.models.embeddings import Embeddings
 from dlrm_scale.models.ranking_model import build_model
 from dlrm_scale.sharding.apply import shard_model
 from dlrm_scale.sharding.plan import Plan, load_plan, plan_request, save_plan
@@ -74,11 +72,10 @@ def prepare(config: RunConfig, rank: Rank) -> Prepared:
 def make_plan(config: RunConfig, rank: Rank) -> Plan:
     """The plan that `sharding.plan` names, or a new one for ranks like this."""
     request = plan_request(config, this_cluster(rank.world_size, rank.ranks_per_host, rank.device.type))
+    model = build_model(config, dense_device=torch.device("meta"))  # also where features that do not suit the arch show
     if config.sharding.plan is not None:
         return load_plan(config.sharding.plan, request)
-    skeleton = nn.Module()
-    skeleton.embeddings = Embeddings(config.features, torch.device("meta"))
-    return find_plan(skeleton, request, config.train.sparse, config.sharding.search_seconds)
+    return find_plan(model, request, config.train.sparse, config.sharding.search_seconds)
 
 
 def _make_run_dir(config: RunConfig) -> Path:

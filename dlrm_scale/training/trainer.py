@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineBase, TrainPipelineSparseDist
 
 from dlrm_scale.config import RunConfig
 from dlrm_scale.data.batch import RecBatch
+from dlrm_scale.sharding.apply import ShardedModel
 from dlrm_scale.training.clock import StepClock
 from dlrm_scale.training.monitor import Board, Metrics, PredictionStore, peak_memory_bytes
 from dlrm_scale.training.optimizers import TrainOptimizer
@@ -53,7 +53,7 @@ class Trainer:
         self,
         config: RunConfig,
         rank: Rank,
-        model: DistributedModelParallel,
+        model: ShardedModel,
         train_reader: TrainReader,
         eval_reader: EvalReader | None,
         board: Board,
@@ -205,7 +205,7 @@ class _Watched:
 
 
 @torch.no_grad()
-def evaluate(config: RunConfig, rank: Rank, model: DistributedModelParallel, reader: EvalReader) -> Metrics | None:
+def evaluate(config: RunConfig, rank: Rank, model: ShardedModel, reader: EvalReader) -> Metrics | None:
     """Metrics by label over the held-out split on rank 0, None on the others. Collective; leaves the model in eval mode."""
     model.eval()
     store = PredictionStore(config.features.labels, config.features.group is not None, max_local_rows=None)
