@@ -79,10 +79,11 @@ class Trainer:
         until_evaluation = (self.eval_reader and self.config.eval.every_steps) or total
         with self.train_reader.batches() as batches:
             optimizer = _Watched(self.optimizer, self.clock)
-            pipeline = PIPELINES[train.pipeline](self.model, optimizer, self.rank.device)
             timed = self.clock.timed(batches)
             while result.num_steps < total:
-                # The pipeline runs empty before an evaluation: it holds exchanged ids of the batches it has begun.
+                # A pipeline of its own up to each evaluation: it must run empty, as it holds exchanged ids of the batches it
+                # has begun, and an empty one does not start again.
+                pipeline = PIPELINES[train.pipeline](self.model, optimizer, self.rank.device)
                 num_steps = min(until_evaluation, total - result.num_steps)
                 if not self._run_steps(pipeline, islice(timed, num_steps * train.accumulate_steps)):
                     break  # the data ended before its own count of rows
