@@ -71,6 +71,7 @@ class Trainer:
         self.loss_sum = torch.zeros((), device=rank.device)
         self.steps_in_loss = 0
         self.result = TrainResult()
+        self.logged = (0, 0.0)  # timed samples and seconds at the last log
         self._watch_stages()
 
     def train(self) -> TrainResult:
@@ -160,9 +161,15 @@ class Trainer:
         self.board.scalars("learning_rate", self.optimizer.learning_rates, step)
         self.board.scalars("memory", peak_memory_bytes(self.rank.device), step)
         self.board.scalars("data", {"samples_consumed": self.result.samples_consumed, **mended}, step)
-        if self.result.samples_per_second:
-            self.board.scalars("speed", {"samples_per_s": self.result.samples_per_second}, step)
-        self.progress.log(step, loss, metrics, self.result.samples_per_second)
+        samples_per_second = self._speed_since_last_log()
+        if samples_per_second:
+            self.board.scalars("speed", {"samples_per_s": samples_per_second}, step)
+        self.progress.log(step, loss, metrics, samples_per_second)
+
+    def _speed_since_last_log(self) -> float | None:
+        samples, seconds = self.result.timed_samples - self.logged[0], self.result.timed_seconds - self.logged[1]
+        self.logged = (self.result.timed_samples, self.result.timed_seconds)
+        return samples / seconds if seconds else None
 
     def _evaluate(self) -> None:
         """Collective: metrics over the held-out split, to TensorBoard and the result."""
