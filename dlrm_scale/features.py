@@ -42,6 +42,12 @@ class DenseFeature(Strict):
         "error", description="under log1p: error stops at a negative value, clip takes 0 and counts"
     )
 
+    @model_validator(mode="after")
+    def _check(self) -> "DenseFeature":
+        if self.transform == "log1p" and self.missing is not None and self.missing < 0:
+            raise ValueError(f"missing ({self.missing}) stands in before the transform log1p and may not be negative")
+        return self
+
 
 class CategoricalFeature(Strict):
     """One id (or, multi-hot, a list of ids) a sample. A null is the empty list: no id."""
@@ -113,6 +119,12 @@ class FeatureSchema(Strict):
                 raise ValueError(
                     f"feature {f.name} has one id a sample, so pooling_factor {f.pooling_factor} > 1 cannot hold; set multi_hot: true"
                 )
+        dims = {name: table.embedding_dim for name, table in self.tables.items() if name in self.sequence_tables}
+        if len(set(dims.values())) > 1:
+            raise ValueError(
+                "all tables that sequences read must have one embedding_dim, as an EmbeddingCollection needs, but they have "
+                + ", ".join(f"{name}: {dim}" for name, dim in dims.items())
+            )
         unread = sorted(set(self.tables) - {f.table for f in read})
         if unread:
             raise ValueError(

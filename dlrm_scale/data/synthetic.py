@@ -17,7 +17,7 @@ from dlrm_scale.config_io import fingerprint
 from dlrm_scale.data.hashing import hash64, normal, stream, uniform
 from dlrm_scale.data.source import Jagged, Rows
 from dlrm_scale.data.synthetic_labels import MAX_CLUSTERS, Draw, LabelFunction, num_clusters
-from dlrm_scale.features import CategoricalFeature, FeatureSchema, Sequence
+from dlrm_scale.features import CategoricalFeature, FeatureSchema, Sequence, Table
 
 _BLOCK_ROWS = 4096
 _VERSION = 1  # raise it with every change to what is drawn: fingerprints must differ
@@ -69,7 +69,7 @@ class SyntheticSource:
         self._labels = LabelFunction(schema, seed)
         self._user = next((f for f in schema.bag_features if not f.multi_hot), None)
         self.fingerprint = "-".join(
-            (f"synthetic{_VERSION}", fingerprint(config), fingerprint(schema), split, str(seed))
+            (f"synthetic{_VERSION}", fingerprint(config), _what_is_drawn(schema), split, str(seed))
         )
         self.mended: dict[str, int] = {}
 
@@ -238,6 +238,12 @@ class SyntheticSource:
     def _labels_of(self, index_R: np.ndarray, probabilities_RT: np.ndarray) -> np.ndarray:
         uniform_RT = np.stack([self._uniform(index_R, "label", name) for name in self._schema.labels], axis=1)
         return (uniform_RT < probabilities_RT).astype(np.float32)
+
+
+def _what_is_drawn(schema: FeatureSchema) -> str:
+    """Fingerprint of what of a schema the samples depend on; their order stays when only a table's width or type changes."""
+    drawn = {name: Table(num_embeddings=t.num_embeddings, embedding_dim=4) for name, t in schema.tables.items()}
+    return fingerprint(schema.model_copy(update={"tables": drawn}))
 
 
 def _expand(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -4,8 +4,8 @@ The logit is a sum of terms that reward different parts of a model; a term witho
 dense       linear, |x|, and a product of two: a logistic regression finds only the first
 ids         one effect an id, smaller down the popularity ranks, so that a few 100k samples are enough to learn them
 cross       8 x 8 clusters of two categorical features
-history     the effects of the clusters of the recent events
-match       how many of the recent events share the target's cluster: only a model in which sequence and target meet finds it
+history     the effects of the groups of clusters of the recent events
+match       how many of the recent events share the target's group: only a model in which sequence and target meet finds it
 """
 
 from dataclasses import dataclass
@@ -32,6 +32,7 @@ _CROSS_CLUSTERS = 8
 _RECENCY = 0.8  # weight of an event relative to the next newer one
 MAX_CLUSTERS = 1024  # a table no larger than this gives the clusters of a sequence whose last field reads it
 _FALLBACK_CLUSTERS = 16
+_GROUPS = 8  # of clusters: events and target match by group, which few samples suffice to learn
 
 
 def num_clusters(schema: FeatureSchema, sequence: Sequence) -> int:
@@ -106,14 +107,14 @@ class LabelFunction:
         first = sequence.fields[0]
         events = draw.ranks[first.name]
         lengths, clusters = events.lengths, num_clusters(self._schema, sequence)
-        cluster_of_event = events.values % clusters % 8
+        group_of_event = events.values % clusters % _GROUPS
         age_of_event = np.repeat(events.offsets[1:], lengths) - 1 - np.arange(len(events.values))
         recency = ((1 - _RECENCY) * _RECENCY ** np.arange(sequence.max_length))[age_of_event]
-        effects = self._effect(cluster_of_event, "history", first.table, task)
+        effects = self._effect(group_of_event, "history", first.table, task)
         terms_R = _HISTORY * _sum_rows(recency * effects, lengths)
         tables = {field.table for field in sequence.fields}
         if any(f.table in tables for f in self._schema.sequence_id_features):  # else the target is not to be seen
-            matches = cluster_of_event == np.repeat(draw.targets[first.table] % clusters % 8, lengths)
+            matches = group_of_event == np.repeat(draw.targets[first.table] % clusters % _GROUPS, lengths)
             terms_R += _MATCH * (_sum_rows(recency * matches, lengths) - _MEAN_MATCH)
         return terms_R
 

@@ -10,7 +10,6 @@ from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, Emb
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
-from dlrm_scale.errors import ConfigError
 from dlrm_scale.features import FeatureSchema
 
 _DATA_TYPE = {"fp32": DataType.FP32, "fp16": DataType.FP16}
@@ -24,26 +23,18 @@ class Embeddings(nn.Module):
     Attributes:
         ebc: pools the tables that no sequence reads, each feature to one vector a sample; None without such tables.
         ec: looks up the tables that a sequence reads, one vector an id; None without such tables.
-
-    Raises:
-        ConfigError: the sequences' tables differ in embedding_dim, which an `EmbeddingCollection` cannot hold.
     """
 
     def __init__(self, schema: FeatureSchema, device: torch.device = META) -> None:
         super().__init__()
-        dims = {name: schema.tables[name].embedding_dim for name in sorted(schema.sequence_tables)}
-        if len(set(dims.values())) > 1:
-            raise ConfigError(
-                "all tables that sequences read must have one embedding_dim, but they have "
-                + ", ".join(f"{name}: {dim}" for name, dim in dims.items())
-                + "; give them the same embedding_dim in features.tables"
-            )
         bag_tables = [
             EmbeddingBagConfig(**_columns(schema, name), pooling=_POOLING[table.pooling])
             for name, table in schema.tables.items()
             if name not in schema.sequence_tables
         ]
-        id_tables = [EmbeddingConfig(**_columns(schema, name)) for name in schema.tables if name in dims]
+        id_tables = [
+            EmbeddingConfig(**_columns(schema, name)) for name in schema.tables if name in schema.sequence_tables
+        ]
         self.ebc = EmbeddingBagCollection(bag_tables, device=device) if bag_tables else None
         self.ec = EmbeddingCollection(id_tables, device=device) if id_tables else None
 

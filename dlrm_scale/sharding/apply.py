@@ -15,6 +15,8 @@ from dlrm_scale.config import SparseOptimizer
 from dlrm_scale.sharding.plan import Plan
 from dlrm_scale.sharding.sharders import make_sharders
 
+ShardedModel = DistributedModelParallel  # what the trainer calls it
+
 MODULE_PATHS = {"bags": "embeddings.ebc", "sequences": "embeddings.ec"}  # of RankingModel
 INIT_BLOCK_ROWS = 65_536
 
@@ -52,7 +54,7 @@ def _device_of(rank: int, device_type: str, ranks_per_host: int) -> str:
 
 def shard_model(
     model: nn.Module, plan: Plan, optimizer: SparseOptimizer, device: torch.device, seed: int
-) -> DistributedModelParallel:
+) -> ShardedModel:
     """Shards `model`'s collections (tables on meta) by `plan` and replicates the rest; needs the process group.
 
     Every table starts with the same values under any plan and world size: see `initialise_tables`.
@@ -69,7 +71,7 @@ def shard_model(
 
 
 @torch.no_grad()
-def initialise_tables(sharded: DistributedModelParallel, plan: Plan, seed: int) -> None:
+def initialise_tables(sharded: ShardedModel, plan: Plan, seed: int) -> None:
     """Fills each local shard with its part of a table that is a pure function of (seed, table's name).
 
     Uniform in +-sqrt(1 / rows), TorchRec's own default. Drawn by blocks of rows, each from a generator of its own, so that

@@ -12,6 +12,7 @@ from dlrm_scale.config_io import dump_config, fingerprint, load_config
 from dlrm_scale.errors import ConfigError, PeerError, UserError
 
 OTHERS_FIRST_SECONDS = 10.0
+LOST_PEER = ("Connection closed by peer", "Connection reset by peer")  # gloo's words
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -46,6 +47,12 @@ def main(argv: list[str] | None = None) -> int:
         run(config)
     except UserError as e:
         return _tell(e)
+    except RuntimeError as e:
+        if any(lost in str(e) for lost in LOST_PEER):
+            return _tell(
+                PeerError(f"lost the connection to another rank ({str(e).splitlines()[0]}); its own error says why")
+            )
+        raise
     except KeyboardInterrupt:
         return 130
     return 0

@@ -9,11 +9,11 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
-from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
 from dlrm_scale.config import DenseOptimizer, Schedule, SparseOptimizer, TrainConfig
 from dlrm_scale.errors import ConfigError
+from dlrm_scale.sharding.apply import ShardedModel
 
 TABLES = "embeddings."  # RankingModel's parameters under this prefix are tables
 
@@ -48,19 +48,19 @@ class ReplicatedTableOptimizer(torch.optim.Optimizer):
                     self._update(table, group["lr"], group["eps"], group["weight_decay"])
 
     def _update(self, table: nn.Parameter, lr: float, eps: float, weight_decay: float) -> None:
-        grad = table.grad
+        weight, grad = table.float(), table.grad.float()  # fp16 would round small squares, and eps, to zero
         if weight_decay:
             touched_R1 = (grad != 0).any(dim=1, keepdim=True)
-            grad = grad + weight_decay * table * touched_R1
+            grad = grad + weight_decay * weight * touched_R1
         if self.rule == "sgd":
-            table.sub_(lr * grad)
+            table.copy_(weight - lr * grad)
             return
         state = self.state[table]
         squares = grad.square().mean(dim=1, keepdim=True) if self.rule == "rowwise_adagrad" else grad.square()
         if not state:
             state["sum"] = torch.zeros_like(squares)
         state["sum"].add_(squares)
-        table.sub_(lr * grad / (state["sum"].sqrt() + eps))
+        table.copy_(weight - lr * grad / (state["sum"].sqrt() + eps))
 
 
 def learning_rate_factor(step: int, schedule: Schedule, total_steps: int) -> float:
@@ -81,7 +81,7 @@ class TrainOptimizer:
     before; dense parameters and replicated tables step at each `accumulate_steps`-th call.
     """
 
-    def __init__(self, model: DistributedModelParallel, config: TrainConfig, total_steps: int) -> None:
+    def __init__(self, model: ShardedModel, config: TrainConfig, total_steps: int) -> None:
         trained_here = list(in_backward_optimizer_filter(model.module.named_parameters()))
         replicated = [p for name, p in trained_here if name.startswith(TABLES)]
         self.dense_parameters = [p for name, p in trained_here if not name.startswith(TABLES)]

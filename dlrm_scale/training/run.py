@@ -8,7 +8,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from rich.console import Console
-from torch import nn
 
 from dlrm_scale.cluster import this_cluster
 from dlrm_scale.config import RunConfig
@@ -16,7 +15,6 @@ from dlrm_scale.config_io import dump_config, fingerprint
 from dlrm_scale.data.open import open_source, preflight
 from dlrm_scale.data.synthetic import SyntheticSource
 from dlrm_scale.errors import ConfigError
-from dlrm_scale.models.embeddings import Embeddings
 from dlrm_scale.models.ranking_model import build_model
 from dlrm_scale.sharding.apply import shard_model
 from dlrm_scale.sharding.plan import Plan, load_plan, plan_request, save_plan
@@ -47,6 +45,10 @@ def run(config: RunConfig) -> TrainResult:
     rank = this_rank(config.device)
     check_world(config, rank.world_size)
     console = Console() if rank.is_first else None
+    if console and config.train.precision == "bf16" and rank.device.type == "cpu" and not _cpu_has_bf16():
+        console.print(
+            "note: this CPU has no bf16 instructions; train.precision=bf16 will be several times slower than fp32"
+        )
     prepared = prepare(config, rank) if rank.is_first else None
     torch.manual_seed(config.seed * 1_000_003 + rank.index)  # dropout's; weights have generators of their own
     with process_group(rank):
@@ -62,7 +64,7 @@ def prepare(config: RunConfig, rank: Rank) -> Prepared:
     """Checks data, plan and output folder; writes config.yaml and plan.json there."""
     for split in ("train", "eval"):
         source = open_source(config.data, config.features, split, config.seed)
-        if source is not None:
+        if source is not None and not isinstance(source, SyntheticSource):  # what is generated cannot be bad
             preflight(source, config.data.preflight_rows)
     plan = make_plan(config, rank)
     run_dir = _make_run_dir(config)
@@ -74,15 +76,15 @@ def prepare(config: RunConfig, rank: Rank) -> Prepared:
 def make_plan(config: RunConfig, rank: Rank) -> Plan:
     """The plan that `sharding.plan` names, or a new one for ranks like this."""
     request = plan_request(config, this_cluster(rank.world_size, rank.ranks_per_host, rank.device.type))
+    model = build_model(config, dense_device=torch.device("meta"))  # also where features that do not suit the arch show
     if config.sharding.plan is not None:
         return load_plan(config.sharding.plan, request)
-    skeleton = nn.Module()
-    skeleton.embeddings = Embeddings(config.features, torch.device("meta"))
-    return find_plan(skeleton, request, config.train.sparse, config.sharding.search_seconds)
+    return find_plan(model, request, config.train.sparse, config.sharding.search_seconds)
 
 
 def _make_run_dir(config: RunConfig) -> Path:
-    run_dir = Path(config.output.dir.format(name=config.name, time=datetime.now().strftime("%Y%m%d-%H%M%S")))
+    started = datetime.now().strftime("%Y%m%d-%H%M%S")
+    run_dir = Path(config.output.dir.replace("{name}", config.name).replace("{time}", started))
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         if any(run_dir.iterdir()):
@@ -97,6 +99,10 @@ def _make_run_dir(config: RunConfig) -> Path:
             f"cannot write to {e.filename or run_dir}: {e.strerror}; name another place: output.dir=... output.records=..."
         ) from None
     return run_dir
+
+
+def _cpu_has_bf16() -> bool:
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def _train(config: RunConfig, rank: Rank, prepared: Prepared, board: Board, console: Console | None) -> TrainResult:

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineBase, TrainPipelineSparseDist
 
 from dlrm_scale.config import RunConfig
 from dlrm_scale.data.batch import RecBatch
+from dlrm_scale.sharding.apply import ShardedModel
 from dlrm_scale.training.clock import StepClock
 from dlrm_scale.training.monitor import Board, Metrics, PredictionStore, peak_memory_bytes
 from dlrm_scale.training.optimizers import TrainOptimizer
@@ -53,7 +53,7 @@ class Trainer:
         self,
         config: RunConfig,
         rank: Rank,
-        model: DistributedModelParallel,
+        model: ShardedModel,
         train_reader: TrainReader,
         eval_reader: EvalReader | None,
         board: Board,
@@ -71,6 +71,7 @@ class Trainer:
         self.loss_sum = torch.zeros((), device=rank.device)
         self.steps_in_loss = 0
         self.result = TrainResult()
+        self.logged = (0, 0.0)  # timed samples and seconds at the last log
         self._watch_stages()
 
     def train(self) -> TrainResult:
@@ -79,10 +80,11 @@ class Trainer:
         until_evaluation = (self.eval_reader and self.config.eval.every_steps) or total
         with self.train_reader.batches() as batches:
             optimizer = _Watched(self.optimizer, self.clock)
-            pipeline = PIPELINES[train.pipeline](self.model, optimizer, self.rank.device)
             timed = self.clock.timed(batches)
             while result.num_steps < total:
-                # The pipeline runs empty before an evaluation: it holds exchanged ids of the batches it has begun.
+                # A pipeline of its own up to each evaluation: it must run empty, as it holds exchanged ids of the batches it
+                # has begun, and an empty one does not start again.
+                pipeline = PIPELINES[train.pipeline](self.model, optimizer, self.rank.device)
                 num_steps = min(until_evaluation, total - result.num_steps)
                 if not self._run_steps(pipeline, islice(timed, num_steps * train.accumulate_steps)):
                     break  # the data ended before its own count of rows
@@ -159,9 +161,15 @@ class Trainer:
         self.board.scalars("learning_rate", self.optimizer.learning_rates, step)
         self.board.scalars("memory", peak_memory_bytes(self.rank.device), step)
         self.board.scalars("data", {"samples_consumed": self.result.samples_consumed, **mended}, step)
-        if self.result.samples_per_second:
-            self.board.scalars("speed", {"samples_per_s": self.result.samples_per_second}, step)
-        self.progress.log(step, loss, metrics, self.result.samples_per_second)
+        samples_per_second = self._speed_since_last_log()
+        if samples_per_second:
+            self.board.scalars("speed", {"samples_per_s": samples_per_second}, step)
+        self.progress.log(step, loss, metrics, samples_per_second)
+
+    def _speed_since_last_log(self) -> float | None:
+        samples, seconds = self.result.timed_samples - self.logged[0], self.result.timed_seconds - self.logged[1]
+        self.logged = (self.result.timed_samples, self.result.timed_seconds)
+        return samples / seconds if seconds else None
 
     def _evaluate(self) -> None:
         """Collective: metrics over the held-out split, to TensorBoard and the result."""
@@ -205,7 +213,7 @@ class _Watched:
 
 
 @torch.no_grad()
-def evaluate(config: RunConfig, rank: Rank, model: DistributedModelParallel, reader: EvalReader) -> Metrics | None:
+def evaluate(config: RunConfig, rank: Rank, model: ShardedModel, reader: EvalReader) -> Metrics | None:
     """Metrics by label over the held-out split on rank 0, None on the others. Collective; leaves the model in eval mode."""
     model.eval()
     store = PredictionStore(config.features.labels, config.features.group is not None, max_local_rows=None)

@@ -27,13 +27,13 @@ SEQUENCE_TYPES = ("table_wise", "column_wise", "row_wise")
 TOLERANCE = 1e-5
 
 
-def check(ranks, config: RunConfig, ranks_per_host: int, types: dict[str, str]) -> None:
+def check(ranks, config: RunConfig, ranks_per_host: int, types: dict[str, str], tolerance: float = TOLERANCE) -> None:
     plan = make_plan(config, ranks.world_size, ranks_per_host)
     assert {name: plan.tables[name].sharding_type for name in types} == types
     results = ranks.run(compare, config, plan)
     assert results[0].pop("moved") > 1e-3, "the tables did not train"
     for worst in results:
-        wrong = {name: diff for name, diff in worst.items() if not diff <= TOLERANCE}
+        wrong = {name: diff for name, diff in worst.items() if not diff <= tolerance}
         assert not wrong, wrong
 
 
@@ -68,6 +68,13 @@ def test_sequence_tables(request, world, sequence_type):
 @pytest.mark.parametrize("bag_type", ["data_parallel", "column_wise", "row_wise"])
 def test_other_fused_optimizers(two_ranks, sparse, bag_type):
     check(two_ranks, case_config(bag_type, "row_wise", sparse), 2, {"user": bag_type})
+
+
+@pytest.mark.parametrize("bag_type", ["data_parallel", "table_wise", "row_wise"])
+def test_fp16_tables(two_ranks, bag_type):
+    """FBGEMM looks up into float32 and rounds each step's weights; the twin's lookups are float16: 3 digits agree."""
+    config = case_config(bag_type, "column_wise", {"name": "rowwise_adagrad", "lr": 0.1}, data_type="fp16")
+    check(two_ranks, config, 2, {"user": bag_type}, tolerance=5e-3)
 
 
 def initial_table(config: RunConfig, plan: Plan) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """The plain twin that sharded models must equal: one process, plain torch, the concatenated global batch."""
 
 import copy
+import math
 
 import torch
 from torch.distributed._shard.sharded_tensor import ShardedTensor
@@ -22,7 +23,7 @@ from tests.support.configs import tiny_config
 NUM_STEPS = 3
 
 
-def case_config(bag_type: str, sequence_type: str, sparse: dict) -> RunConfig:
+def case_config(bag_type: str, sequence_type: str, sparse: dict, data_type: str = "fp32") -> RunConfig:
     """Bag tables 256 wide (grid_shard splits columns over hosts in blocks of 128), sequence tables 32."""
     tag_pooling = "sum" if bag_type == "grid_shard" else "mean"
     tables = {
@@ -31,6 +32,7 @@ def case_config(bag_type: str, sequence_type: str, sparse: dict) -> RunConfig:
         "item": {"num_embeddings": 303, "embedding_dim": 32},
         "category": {"num_embeddings": 20, "embedding_dim": 32},
     }
+    tables = {name: table | {"data_type": data_type} for name, table in tables.items()}
     constraints = {name: {"types": [bag_type], "min_partition": 128} for name in ("user", "tag")}
     constraints |= {name: {"types": [sequence_type], "min_partition": 16} for name in ("item", "category")}
     return tiny_config(
@@ -88,7 +90,9 @@ class Twin:
         with torch.no_grad():
             for name, table in self.tables.items():
                 for first, last in self._column_blocks(name):
-                    self._update(name, table[:, first:last], table.grad[:, first:last], first)
+                    weight = table[:, first:last].float()
+                    self._update(name, weight, table.grad[:, first:last].float(), first)
+                    table[:, first:last] = weight
         return predictions.logits_BT
 
     def _column_blocks(self, name: str) -> list[tuple[int, int]]:
@@ -129,7 +133,9 @@ def compare(config: RunConfig, plan: Plan) -> dict[str, float]:
         loss.backward()
         optimizer.step()
         expected = twin.step(copy.copy(whole).to(device))[local]
-        worst["logits"] = max(worst["logits"], (predictions.logits_BT - expected).abs().max().item())
+        difference = (predictions.logits_BT - expected).abs().max().item()
+        assert math.isfinite(difference)
+        worst["logits"] = max(worst["logits"], difference)
     state = sharded.module.state_dict()
     for name, value in twin.model.state_dict().items():
         mine = state[name]

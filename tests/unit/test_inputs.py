@@ -41,7 +41,7 @@ def test_a_schema_without_sequences_has_no_embedding_collection():
 
 def test_sequence_tables_of_two_widths_are_refused_by_name():
     tables = FEATURES["tables"] | {"cate": {"num_embeddings": 10, "embedding_dim": 4}}
-    with pytest.raises(ConfigError, match="cate: 4, item: 8"):
+    with pytest.raises(ConfigError, match="item: 8, cate: 4"):
         Embeddings(run_config(with_features(tables=tables)).features)
 
 

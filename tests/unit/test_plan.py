@@ -135,7 +135,7 @@ def test_tables_that_do_not_fit_say_so_with_bytes_and_ways_out():
 
 def test_a_trillion_parameters_are_planned_for_a_cluster_that_is_not_here():
     gb = 1e9 / 1e3
-    tables = {f"t{i}": {"num_embeddings": 200_000_000, "embedding_dim": 128, "data_type": "fp16"} for i in range(40)}
+    tables = {f"t{i}": {"num_embeddings": 400_000_000, "embedding_dim": 128, "data_type": "fp16"} for i in range(20)}
     config = tiny_config(
         features={"tables": tables, "categorical": [{"name": n, "table": n} for n in tables], "sequences": []},
         data={"lanes": 128},
