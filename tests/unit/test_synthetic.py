@@ -169,9 +169,20 @@ def test_lengths_are_as_the_schema_says(schema):
         assert lengths.mean() == pytest.approx(feature.pooling_factor, rel=0.05)
 
 
-def test_mean_sequence_length_is_the_schemas_pooling_factor():
+def test_sequence_lengths_are_spread_as_said():
     lengths = read_all(source(QUICKSTART)).ids["history_item"].lengths
     assert lengths.mean() == pytest.approx(11, rel=0.05)
+    # a twentieth is made empty and 15 % full; of the other four fifths, a 21st comes out so by itself
+    assert (lengths == 0).mean() == pytest.approx(0.05 + 0.8 / 21, rel=0.15)
+    assert (lengths == 20).mean() == pytest.approx(0.15 + 0.8 / 21, rel=0.1)
+
+
+@pytest.mark.parametrize("feature", ["tags", "history_item"])
+def test_the_slots_of_one_sample_are_not_those_of_the_next(feature):
+    ids = read_all(source()).ids[feature]
+    both = np.flatnonzero((ids.lengths[:-1] >= 2) & (ids.lengths[1:] >= 1))
+    second, first_of_next = ids.values[ids.offsets[both] + 1], ids.values[ids.offsets[both + 1]]
+    assert (second == first_of_next).mean() < 0.2  # hot ids meet by chance
 
 
 @pytest.mark.parametrize(
