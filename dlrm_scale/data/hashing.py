@@ -15,7 +15,8 @@ _MULTIPLIER_2 = np.uint64(0x94D049BB133111EB)
 
 def stream(*parts: str | int) -> np.uint64:
     """A key for `hash64` that differs for every sequence of parts."""
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    plain = tuple(part if isinstance(part, str) else int(part) for part in parts)  # NumPy's integers have another repr
+    digest = hashlib.blake2b(repr(plain).encode(), digest_size=8).digest()
     return np.uint64(int.from_bytes(digest, "little"))
 
 

@@ -6,7 +6,6 @@ with prefetch(batches(reader.steps(epoch), schema, ...), depth=4) as stream:
 
 import queue
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -53,7 +52,7 @@ class Reader:
 
     def __init__(self, source: Source, order: Order, owned_lanes: range) -> None:
         self.source, self.order, self.owned_lanes = source, order, owned_lanes
-        self._windows: OrderedDict[int, Rows] = OrderedDict()
+        self._open: dict[Window, Rows] = {}
 
     def steps(self, epoch: int, first_step: int = 0) -> Iterator[Rows]:
         """This rank's rows of each step from `first_step` on: steps_per_epoch - first_step items, the last ones maybe empty.
@@ -64,36 +63,37 @@ class Reader:
         windows = self.order.windows(epoch)
         starts = np.array([w.start for w in windows])
         batch = self.order.lane_batch_size
-        self._windows.clear()
+        self._open.clear()
         for step in range(first_step, self.order.steps_per_epoch):
             parts = []
             for lane in self.owned_lanes:
                 positions = self.order.lane_range(lane)[step * batch : (step + 1) * batch]
                 parts += self._read(windows, starts, positions)
-            yield concatenate(parts) if parts else take(self._window(windows, 0), np.arange(0))
+            yield concatenate(parts) if parts else take(self._rows_of(windows[0]), np.arange(0))
 
     def _read(self, windows: list[Window], starts: np.ndarray, positions: range) -> Iterator[Rows]:
         """The rows at consecutive positions of the epoch's order, in parts that each lie in one window."""
         at = positions.start
         while at < positions.stop:
-            index = int(np.searchsorted(starts, at, side="right")) - 1
-            window = windows[index]
+            window = windows[int(np.searchsorted(starts, at, side="right")) - 1]
             end = min(positions.stop, window.start + window.num_rows)
-            yield take(self._window(windows, index), np.arange(at - window.start, end - window.start))
+            part = take(self._rows_of(window), np.arange(at - window.start, end - window.start))
+            if end == window.start + window.num_rows:
+                self._open.pop(window, None)
+            yield part
             at = end
 
-    def _window(self, windows: list[Window], index: int) -> Rows:
-        """A window's rows, mixed. As many are kept as there are lanes here: each lane is in one at a time."""
-        if index in self._windows:
-            self._windows.move_to_end(index)
-            return self._windows[index]
-        window = windows[index]
-        while len(self._windows) >= len(self.owned_lanes):
-            self._windows.popitem(last=False)
-        rows = concatenate([self._block(block) for block in window.blocks])
-        permutation = window.permutation()
-        self._windows[index] = rows if permutation is None else take(rows, permutation)
-        return self._windows[index]
+    def _rows_of(self, window: Window) -> Rows:
+        """A window's rows, mixed. Kept until a lane has read to its end, so at most one for each lane here.
+
+        A lane that ends inside a window which the next lane has read on from reads it a second time.
+        """
+        rows = self._open.get(window)
+        if rows is None:
+            rows = concatenate([self._block(block) for block in window.blocks])
+            permutation = window.permutation()
+            rows = self._open[window] = rows if permutation is None else take(rows, permutation)
+        return rows
 
     def _block(self, block: int) -> Rows:
         rows, wanted = self.source.read_block(block), int(self.order.block_rows[block])
@@ -148,7 +148,7 @@ def batches(
     Raises:
         DataError: from reading; the other ranks hear of it before it is raised, and raise PeerError.
     """
-    empty: Rows | None = None
+    assert local_batch_size % accumulate_steps == 0, (local_batch_size, accumulate_steps)
     micro_batch_size = local_batch_size // accumulate_steps
     while True:
         try:
@@ -163,8 +163,8 @@ def batches(
         if agreed.all_ended:
             return
         if rows is None:
-            rows = empty if empty is not None else _no_rows(schema)
-        empty = take(rows, np.arange(0))
+            rows = _no_rows(schema)
+        assert rows.num_rows <= local_batch_size, (rows.num_rows, local_batch_size)
         # a step of total weight 0 teaches nothing whatever it is divided by
         step_weight = agreed.mean_rank_weight or 1.0
         for first in range(0, local_batch_size, micro_batch_size):
@@ -214,39 +214,33 @@ def _keyed_jagged(rows: Rows, keys: tuple[str, ...], missing: int) -> KeyedJagge
 
 @contextmanager
 def prefetch(items: Iterator[T], depth: int) -> Iterator[Iterator[T]]:
-    """Runs `items` in a background thread, at most `depth` items ahead; leaving the context stops it.
+    """Runs `items` in a background thread, at most `depth` items ahead of the one last taken; leaving the context stops it.
 
     What `items` raises is raised to the consumer in its place.
     """
-    ready: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(maxsize=depth)
+    ready: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
+    free = threading.Semaphore(depth)
     stop = threading.Event()
-
-    def put(item: tuple[T | None, BaseException | None]) -> None:
-        while not stop.is_set():
-            try:
-                return ready.put(item, timeout=0.1)
-            except queue.Full:
-                continue
 
     def work() -> None:
         try:
-            for item in items:
-                put((item, None))
+            while True:
+                free.acquire()
                 if stop.is_set():
                     return
-            put((None, StopIteration()))
-        except BaseException as e:
-            put((None, e))
+                ready.put((next(items), None))
+        except BaseException as e:  # StopIteration too
+            ready.put((None, e))
 
     def consume() -> Iterator[T]:
         while True:
             item, end = ready.get()
-            if end is None:
-                yield item
-            elif isinstance(end, StopIteration):
+            if isinstance(end, StopIteration):
                 return
-            else:
+            if end is not None:
                 raise end
+            free.release()
+            yield item
 
     thread = threading.Thread(target=work, name="prefetch", daemon=True)
     thread.start()
@@ -254,4 +248,5 @@ def prefetch(items: Iterator[T], depth: int) -> Iterator[Iterator[T]]:
         yield consume()
     finally:
         stop.set()
-        thread.join(timeout=5)
+        free.release()
+        thread.join(timeout=5)  # a read that takes longer ends by itself

@@ -8,11 +8,11 @@ At each step every lane gives its next rows. A rank owns some of the lanes, so t
 samples at any number of ranks that divides the number of lanes.
 """
 
-import hashlib
 from dataclasses import dataclass
 
 import numpy as np
 
+from dlrm_scale.data.hashing import permutation, stream
 from dlrm_scale.data.source import Source
 from dlrm_scale.errors import ConfigError
 
@@ -24,11 +24,11 @@ class Window:
     blocks: tuple[int, ...]
     start: int
     num_rows: int
-    seed: int | None
+    key: np.uint64 | None
 
     def permutation(self) -> np.ndarray | None:
         """Which of the window's rows, its blocks one behind the other, stands at each position; None: as they are."""
-        return None if self.seed is None else np.random.default_rng(self.seed).permutation(self.num_rows)
+        return None if self.key is None else permutation(self.key, self.num_rows)
 
 
 class Order:
@@ -71,13 +71,13 @@ class Order:
         per_window = self.shuffle_window_blocks or 1
         blocks = np.arange(len(self.block_rows))
         if self.shuffle_window_blocks:
-            blocks = np.random.default_rng(self._seed(epoch, "blocks")).permutation(blocks)
+            blocks = permutation(stream(self.identity, epoch, "blocks"), len(blocks))
         windows, start = [], 0
         for first in range(0, len(blocks), per_window):
             members = tuple(int(b) for b in blocks[first : first + per_window])
             num_rows = int(self.block_rows[list(members)].sum())
-            seed = self._seed(epoch, str(first)) if self.shuffle_window_blocks else None
-            windows.append(Window(members, start, num_rows, seed))
+            key = stream(self.identity, epoch, "rows", first) if self.shuffle_window_blocks else None
+            windows.append(Window(members, start, num_rows, key))
             start += num_rows
         return windows
 
@@ -94,13 +94,9 @@ class Order:
             ConfigError: the position lies inside a step, as it does after a change of the batch size or the data.
         """
         epoch, within = divmod(samples_consumed, self.num_rows)
-        if within % self.global_batch_size or within // self.global_batch_size >= self.steps_per_epoch:
+        if within % self.global_batch_size:
             raise ConfigError(
                 f"{samples_consumed} samples consumed is {within} into an epoch of {self.num_rows}, which is not the end of a step of "
                 f"train.global_batch_size ({self.global_batch_size}); go on with the batch size that it was trained with"
             )
         return epoch, within // self.global_batch_size
-
-    def _seed(self, epoch: int, what: str) -> int:
-        digest = hashlib.sha256(f"{self.identity}/{epoch}/{what}".encode()).digest()
-        return int.from_bytes(digest[:8], "big")

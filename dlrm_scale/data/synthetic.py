@@ -128,9 +128,9 @@ class SyntheticSource:
         ranks: dict[str, Jagged] = {}
         for sequence in schema.sequences:
             self._draw_sequence(sequence, index_R, user_R, targets, ranks)
-        given = {**targets, **({self._user.table: user_R} if self._user else {})}
+        shown = dict(targets)  # by the first feature of the table
         for f in schema.categorical:
-            ranks[f.name] = self._draw_categorical(f, index_R, given.pop(f.table, None))
+            ranks[f.name] = self._draw_categorical(f, index_R, shown.pop(f.table, None))
         return Draw(
             dense_RF=np.stack(dense, axis=1) if dense else np.zeros((len(index_R), 0)),
             ranks=ranks,
@@ -215,7 +215,7 @@ class SyntheticSource:
         lengths = self._uniform(index_R, "length", sequence.name) ** power * (sequence.max_length + 1)
         lengths[kind < _EMPTY_SEQUENCES] = 0
         lengths[kind >= 1 - _FULL_SEQUENCES] = sequence.max_length
-        return lengths.astype(np.int64)
+        return np.minimum(lengths.astype(np.int64), sequence.max_length)  # rounding may reach the open end
 
     # ---- from the draws to what a file would hold
     def _dense(self, normal_RF: np.ndarray) -> np.ndarray:
