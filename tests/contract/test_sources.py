@@ -1,10 +1,11 @@
 """What every source promises, whatever its format: one suite over all of them.
 
-A new file format joins by a `Case` in CASES; its `cat_0` holds the row's number, by which rows are told apart.
+A new file format joins by a `Case` in FORMATS; its `cat_0` holds the row's number, by which rows are told apart.
 """
 
 import shutil
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,15 +14,19 @@ import pyarrow.parquet as pq
 import pytest
 
 from dlrm_scale.config import Split
+from dlrm_scale.config import SyntheticSource as SyntheticConfig
 from dlrm_scale.data.criteo import CriteoNpySource, CriteoTsvSource
 from dlrm_scale.data.open import preflight
 from dlrm_scale.data.parquet import ParquetSource
 from dlrm_scale.data.source import Rows, Source
+from dlrm_scale.data.synthetic import SyntheticSource
 from dlrm_scale.errors import DataError
 from dlrm_scale.features import CategoricalFeature, DenseFeature, FeatureSchema, Sequence, SequenceField, Table
 
 ROWS_OF_FILES = (9000, 1, 300)  # more than one block, one row, less than one block
 NUM_ROWS = sum(ROWS_OF_FILES)
+
+Opened = tuple[FeatureSchema, Callable[[], Source]]
 
 
 def schema_with(sequences: tuple[Sequence, ...] = ()) -> FeatureSchema:
@@ -91,14 +96,26 @@ class CriteoNpy(Case):
         return CriteoNpySource(Split(paths=(f"{folder}/*_dense.npy",), rows=rows), self.schema)
 
 
-CASES = (Parquet(), CriteoTsv(), CriteoNpy())
+FORMATS = (Parquet(), CriteoTsv(), CriteoNpy())
 
 
-@pytest.fixture(scope="module", params=CASES, ids=lambda case: type(case).__name__)
+@pytest.fixture(scope="module", params=FORMATS, ids=lambda case: type(case).__name__)
 def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Case, Path]:
     folder = tmp_path_factory.mktemp("source") / "data"
     request.param.write(folder)
     return request.param, folder
+
+
+@pytest.fixture(scope="module", params=(*FORMATS, None), ids=lambda case: type(case).__name__ if case else "Synthetic")
+def opened(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Opened:
+    """Every source, for what does not depend on files: the schema, and a function that opens one more instance."""
+    case = request.param
+    if case is None:
+        config = SyntheticConfig(num_train=NUM_ROWS, num_eval=1)
+        return Parquet.schema, lambda: SyntheticSource(config, Parquet.schema, "train", seed=0)
+    folder = tmp_path_factory.mktemp("opened") / "data"
+    case.write(folder)
+    return case.schema, lambda: case.open(folder)
 
 
 def read_all(source: Source) -> list[Rows]:
@@ -126,28 +143,25 @@ def test_blocks_hold_each_row_once_in_the_files_order(written):
     np.testing.assert_array_equal(row_numbers(source), np.arange(NUM_ROWS))
 
 
-def test_rows_are_ready_to_train_on(written):
-    case, folder = written
-    for rows in read_all(case.open(folder)):
+def test_rows_are_ready_to_train_on(opened):
+    schema, open_one = opened
+    for rows in read_all(open_one()):
         R = rows.num_rows
-        assert rows.dense_RF.shape == (R, len(case.schema.dense)) and rows.dense_RF.dtype == np.float32
+        assert rows.dense_RF.shape == (R, len(schema.dense)) and rows.dense_RF.dtype == np.float32
         assert rows.labels_RT.shape == (R, 1) and rows.labels_RT.dtype == np.float32
         assert rows.weights_R.shape == (R,) and rows.weights_R.dtype == np.float32
         assert rows.groups_R.shape == (R,) and rows.groups_R.dtype == np.int64
         assert set(np.unique(rows.labels_RT)) <= {0.0, 1.0}
-        assert set(rows.ids) == {*case.schema.bag_keys, *case.schema.sequence_keys}
+        assert set(rows.ids) == {*schema.bag_keys, *schema.sequence_keys}
         for name, ids in rows.ids.items():
             assert ids.values.dtype == np.int64 and ids.offsets.dtype == np.int64 and len(ids.offsets) == R + 1
             used = ids.values[ids.offsets[0] : ids.offsets[-1]]
-            assert (
-                not used.size
-                or 0 <= used.min() <= used.max() < case.schema.tables[case.schema.table_of[name]].num_embeddings
-            )
+            assert not used.size or 0 <= used.min() <= used.max() < schema.tables[schema.table_of[name]].num_embeddings
 
 
-def test_blocks_read_in_any_order_and_from_any_instance_are_the_same(written):
-    case, folder = written
-    source, other = case.open(folder), case.open(folder)
+def test_blocks_read_in_any_order_and_from_any_instance_are_the_same(opened):
+    _, open_one = opened
+    source, other = open_one(), open_one()
     assert source.fingerprint == other.fingerprint
     np.testing.assert_array_equal(source.block_starts, other.block_starts)
     blocks = range(len(source.block_starts) - 1)
@@ -188,9 +202,9 @@ def test_mended_ids_are_counted(written):
     assert source.mended["ids of cat_1 taken modulo 1000"] == (np.arange(NUM_ROWS) * 7919 >= 1000).sum()
 
 
-def test_preflight_reads_whole_blocks_until_enough_rows_are_checked(written):
-    case, folder = written
-    source = case.open(folder)
+def test_preflight_reads_whole_blocks_until_enough_rows_are_checked(opened):
+    _, open_one = opened
+    source = open_one()
     assert preflight(source, 0) == 0
     assert preflight(source, 1) == source.block_starts[1]
     assert preflight(source, 10 * NUM_ROWS) == NUM_ROWS

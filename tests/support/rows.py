@@ -1,5 +1,6 @@
 """A source in memory whose every value is a function of the row's number, and rows taken apart by plain Python loops."""
 
+import hashlib
 from typing import Any
 
 import numpy as np
@@ -72,6 +73,16 @@ def samples_of(rows: Rows) -> list[dict[str, Any]]:
 
 def numbers_of(rows: Rows) -> list[int]:
     return [s["ids"]["row"][0] for s in samples_of(rows)]
+
+
+def content(rows: Rows) -> str:
+    """A digest of every value."""
+    sha = hashlib.sha256()
+    for column in (rows.dense_RF, rows.labels_RT, rows.weights_R, rows.groups_R):
+        sha.update(column.tobytes())
+    for name in sorted(rows.ids):
+        sha.update(rows.ids[name].values.tobytes() + rows.ids[name].offsets.tobytes())
+    return sha.hexdigest()
 
 
 class BlockSource:
