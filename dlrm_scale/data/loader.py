@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import TypeVar
 
 import numpy as np
@@ -48,26 +49,35 @@ def agree_alone(status: StepStatus) -> StepAgreement:
 
 
 class Reader:
-    """Reads the lanes that one rank owns."""
+    """Reads the lanes that one rank owns.
 
-    def __init__(self, source: Source, order: Order, owned_lanes: range) -> None:
+    Args:
+        accumulate_steps: micro-batches of a step. Each lane gives its part to each of them, so that a micro-batch too holds
+            the same samples at any number of ranks: sharded tables step at every one.
+    """
+
+    def __init__(self, source: Source, order: Order, owned_lanes: range, accumulate_steps: int = 1) -> None:
+        assert order.lane_batch_size % accumulate_steps == 0, (order.lane_batch_size, accumulate_steps)
         self.source, self.order, self.owned_lanes = source, order, owned_lanes
+        self.accumulate_steps = accumulate_steps
         self._open: dict[Window, Rows] = {}
 
     def steps(self, epoch: int, first_step: int = 0) -> Iterator[Rows]:
-        """This rank's rows of each step from `first_step` on: steps_per_epoch - first_step items, the last ones maybe empty.
+        """This rank's rows of each micro-batch from step `first_step` on: as many as all steps have, the last ones maybe empty.
 
         Raises:
             DataError: a bad value, when it is read.
         """
         windows = self.order.windows(epoch)
         starts = np.array([w.start for w in windows])
-        batch = self.order.lane_batch_size
+        num_rows = self.order.lane_batch_size // self.accumulate_steps
         self._open.clear()
-        for step in range(first_step, self.order.steps_per_epoch):
+        for micro_batch in range(
+            first_step * self.accumulate_steps, self.order.steps_per_epoch * self.accumulate_steps
+        ):
             parts = []
             for lane in self.owned_lanes:
-                positions = self.order.lane_range(lane)[step * batch : (step + 1) * batch]
+                positions = self.order.lane_range(lane)[micro_batch * num_rows : (micro_batch + 1) * num_rows]
                 parts += self._read(windows, starts, positions)
             yield concatenate(parts) if parts else take(self._rows_of(windows[0]), np.arange(0))
 
@@ -133,14 +143,14 @@ def concatenate(parts: list[Rows]) -> Rows:
 
 
 def batches(
-    steps: Iterator[Rows],
+    micro_batches: Iterator[Rows],
     schema: FeatureSchema,
     *,
-    local_batch_size: int,
+    micro_batch_size: int,
     accumulate_steps: int,
     agree: Callable[[StepStatus], StepAgreement],
 ) -> Iterator[RecBatch]:
-    """Each step's rows as `accumulate_steps` micro-batches of equal size, filled up with rows of weight 0.
+    """Micro-batches of rows as batches of one size, filled up with rows of weight 0; `accumulate_steps` of them are a step.
 
     All ranks end together: one whose rows have ended goes on with batches of weight 0 until the last rank's have. Each
     batch is given the weight of its whole step, so that the micro-batches' losses add up to the global batch's mean.
@@ -148,28 +158,22 @@ def batches(
     Raises:
         DataError: from reading; the other ranks hear of it before it is raised, and raise PeerError.
     """
-    assert local_batch_size % accumulate_steps == 0, (local_batch_size, accumulate_steps)
-    micro_batch_size = local_batch_size // accumulate_steps
     while True:
         try:
-            rows = next(steps, None)
+            step = list(islice(micro_batches, accumulate_steps))
         except BaseException:
             agree(StepStatus(0.0, ended=True, failed=True))
             raise
-        weight_sum = float(rows.weights_R.sum(dtype=np.float64)) if rows is not None else 0.0
-        agreed = agree(StepStatus(weight_sum, ended=rows is None, failed=False))
+        weight_sum = float(sum(rows.weights_R.sum(dtype=np.float64) for rows in step))
+        agreed = agree(StepStatus(weight_sum, ended=not step, failed=False))
         if agreed.any_failed:
             raise PeerError("another rank could not read its data; its own error says why")
         if agreed.all_ended:
             return
-        if rows is None:
-            rows = _no_rows(schema)
-        assert rows.num_rows <= local_batch_size, (rows.num_rows, local_batch_size)
-        # a step of total weight 0 teaches nothing whatever it is divided by
-        step_weight = agreed.mean_rank_weight or 1.0
-        for first in range(0, local_batch_size, micro_batch_size):
-            part = take(rows, np.arange(min(first, rows.num_rows), min(first + micro_batch_size, rows.num_rows)))
-            yield to_batch(part, schema, micro_batch_size, step_weight)
+        step += [_no_rows(schema)] * (accumulate_steps - len(step))
+        for rows in step:
+            # a step of total weight 0 teaches nothing whatever it is divided by
+            yield to_batch(rows, schema, micro_batch_size, agreed.mean_rank_weight or 1.0)
 
 
 def _no_rows(schema: FeatureSchema) -> Rows:

@@ -1,12 +1,12 @@
 """A run's data as its ranks read it: which rows, in how many steps, agreed on by all ranks."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from itertools import islice
 
 from dlrm_scale.config import RunConfig
 from dlrm_scale.data.batch import RecBatch
-from dlrm_scale.data.loader import Reader, StepAgreement, StepStatus, batches, prefetch
+from dlrm_scale.data.loader import Reader, batches, prefetch
 from dlrm_scale.data.order import Order
 from dlrm_scale.data.source import Rows, Source
 from dlrm_scale.errors import ConfigError
@@ -39,13 +39,21 @@ class TrainReader:
 
     def __init__(self, config: RunConfig, rank: Rank, source: Source) -> None:
         self.config, self.source, self.agree = config, source, make_agree()
-        self.reader = _reader(config, rank, source, config.data.shuffle_window_blocks, max_rows=None)
-        self.local_batch_size = config.train.global_batch_size // rank.world_size
+        self.accumulate_steps = config.train.accumulate_steps
+        self.reader = _reader(
+            config,
+            rank,
+            source,
+            config.data.shuffle_window_blocks,
+            max_rows=None,
+            accumulate_steps=self.accumulate_steps,
+        )
+        self.micro_batch_size = config.train.global_batch_size // rank.world_size // self.accumulate_steps
         all_steps = self.reader.order.steps_per_epoch * config.train.epochs
         self.num_steps = min(all_steps, config.train.max_steps or all_steps)
 
     def batches(self) -> AbstractContextManager[Iterator[RecBatch]]:
-        return _batches(self, self._rows(), self.config.train.accumulate_steps)
+        return _batches(self, self._rows())
 
     def consumed_after(self, num_steps: int) -> int:
         """Samples that all ranks have trained on after so many steps: the data position."""
@@ -58,7 +66,7 @@ class TrainReader:
 
     def _rows(self) -> Iterator[Rows]:
         epochs = (self.reader.steps(epoch) for epoch in range(self.config.train.epochs))
-        return islice((rows for epoch in epochs for rows in epoch), self.num_steps)
+        return islice((rows for epoch in epochs for rows in epoch), self.num_steps * self.accumulate_steps)
 
 
 class EvalReader:
@@ -66,14 +74,24 @@ class EvalReader:
 
     def __init__(self, config: RunConfig, rank: Rank, source: Source) -> None:
         self.config, self.source, self.agree = config, source, make_agree()
-        self.reader = _reader(config, rank, source, shuffle_window_blocks=0, max_rows=config.eval.max_samples)
-        self.local_batch_size = config.train.global_batch_size // rank.world_size
+        self.accumulate_steps = 1
+        self.reader = _reader(
+            config, rank, source, shuffle_window_blocks=0, max_rows=config.eval.max_samples, accumulate_steps=1
+        )
+        self.micro_batch_size = config.train.global_batch_size // rank.world_size
 
     def batches(self) -> AbstractContextManager[Iterator[RecBatch]]:
-        return _batches(self, self.reader.steps(0), accumulate_steps=1)
+        return _batches(self, self.reader.steps(0))
 
 
-def _reader(config: RunConfig, rank: Rank, source: Source, shuffle_window_blocks: int, max_rows: int | None) -> Reader:
+def _reader(
+    config: RunConfig,
+    rank: Rank,
+    source: Source,
+    shuffle_window_blocks: int,
+    max_rows: int | None,
+    accumulate_steps: int,
+) -> Reader:
     order = Order(
         source,
         lanes=config.data.lanes,
@@ -82,21 +100,16 @@ def _reader(config: RunConfig, rank: Rank, source: Source, shuffle_window_blocks
         seed=config.seed,
         max_rows=max_rows,
     )
-    lanes_per_rank = config.data.lanes // rank.world_size
-    return Reader(source, order, range(rank.index * lanes_per_rank, (rank.index + 1) * lanes_per_rank))
+    lanes = config.data.lanes // rank.world_size
+    return Reader(source, order, range(rank.index * lanes, (rank.index + 1) * lanes), accumulate_steps)
 
 
-def _batches(
-    of: TrainReader | EvalReader, rows: Iterator[Rows], accumulate_steps: int
-) -> AbstractContextManager[Iterator[RecBatch]]:
-    agree: Callable[[StepStatus], StepAgreement] = of.agree
-    return prefetch(
-        batches(
-            rows,
-            of.config.features,
-            local_batch_size=of.local_batch_size,
-            accumulate_steps=accumulate_steps,
-            agree=agree,
-        ),
-        of.config.data.prefetch_batches,
+def _batches(of: TrainReader | EvalReader, rows: Iterator[Rows]) -> AbstractContextManager[Iterator[RecBatch]]:
+    stream = batches(
+        rows,
+        of.config.features,
+        micro_batch_size=of.micro_batch_size,
+        accumulate_steps=of.accumulate_steps,
+        agree=of.agree,
     )
+    return prefetch(stream, of.config.data.prefetch_batches)

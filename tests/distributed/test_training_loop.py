@@ -99,6 +99,15 @@ def test_accumulated_micro_batches_make_the_same_dense_step(two_ranks):
     assert all(torch.equal(runs[1][0][1][name], p) for name, p in runs[1][1][1].items()), "ranks drifted apart"
 
 
+def test_accumulation_does_not_depend_on_the_number_of_ranks(two_ranks, four_ranks):
+    """Each micro-batch holds the same samples, so tables that step at each one step alike."""
+    config = loop_config(train={"accumulate_steps": 4})
+    two, four = (
+        ranks.run(train, config, make_plan(config, n, 2))[0][0] for ranks, n in ((two_ranks, 2), (four_ranks, 4))
+    )
+    assert two.losses == pytest.approx(four.losses, abs=1e-4)
+
+
 def test_clipping_bounds_the_dense_step(two_ranks):
     config = loop_config(
         train={"max_steps": 1, "clip_grad_norm": 0.01, "dense": {"name": "sgd", "lr": 1.0}, "schedule": {}}
@@ -125,7 +134,7 @@ def uneven_ends(config: RunConfig, plan: Plan, steps_by_rank: tuple[int, int]) -
     own = [take(rows, np.arange(s * local, (s + 1) * local)) for s in range(num_steps)]
     optimizer = TrainOptimizer(model, config.train, max(steps_by_rank))
     pipeline = TrainPipelineSparseDist(model, optimizer, rank.device)
-    stream = batches(iter(own), config.features, local_batch_size=local, accumulate_steps=1, agree=make_agree())
+    stream = batches(iter(own), config.features, micro_batch_size=local, accumulate_steps=1, agree=make_agree())
     num_batches, weight = 0, 0.0
     with prefetch(stream, 2) as ready:
         while True:
@@ -156,7 +165,7 @@ def failing_reader(config: RunConfig) -> str:
                 raise DataError("row 17 is bad")
             yield take(rows, np.arange(32))
 
-    stream = batches(steps(), config.features, local_batch_size=32, accumulate_steps=1, agree=make_agree())
+    stream = batches(steps(), config.features, micro_batch_size=32, accumulate_steps=1, agree=make_agree())
     count = 0
     try:
         with prefetch(stream, 2) as ready:

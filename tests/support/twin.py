@@ -62,7 +62,7 @@ def global_batches(config: RunConfig, world_size: int, rank: int) -> list[RecBat
     )
     reader = Reader(source, order, range(rank * lanes, (rank + 1) * lanes))
     local = config.train.global_batch_size // world_size
-    stream = batches(reader.steps(0), config.features, local_batch_size=local, accumulate_steps=1, agree=agree_alone)
+    stream = batches(reader.steps(0), config.features, micro_batch_size=local, accumulate_steps=1, agree=agree_alone)
     return [next(stream) for _ in range(NUM_STEPS)]
 
 

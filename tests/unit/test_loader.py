@@ -90,23 +90,24 @@ def test_a_schema_without_sequences_has_no_sequence_kjt():
 
 
 def test_accumulation_splits_a_step_and_each_part_knows_the_weight_of_all():
-    steps = [rows_of(range(8)), rows_of(range(8, 11))]
-    micro = list(batches(iter(steps), SCHEMA, local_batch_size=8, accumulate_steps=4, agree=agree_alone))
+    parts = [rows_of(numbers) for numbers in ([0, 1], [2, 3], [4, 5], [6, 7], [8, 9], [10], [])]
+    micro = list(batches(iter(parts), SCHEMA, micro_batch_size=2, accumulate_steps=4, agree=agree_alone))
     assert [numbers_of_batch(b) for b in micro] == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9], [10], [], []]
     assert {b.local_batch_size for b in micro} == {2}
-    for step, parts in zip(steps, (micro[:4], micro[4:]), strict=True):
-        assert {b.mean_rank_weight.item() for b in parts} == {step.weights_R.sum()}
+    for step, made in ((parts[:4], micro[:4]), (parts[4:], micro[4:])):
+        total = sum(part.weights_R.sum() for part in step)
+        assert [b.mean_rank_weight.item() for b in made] == pytest.approx([total] * 4)
 
 
 def test_a_step_of_weight_zero_can_be_divided_by():
     rows = rows_of([1, 2])
     rows.weights_R[:] = 0
-    (batch,) = batches(iter([rows]), SCHEMA, local_batch_size=2, accumulate_steps=1, agree=agree_alone)
+    (batch,) = batches(iter([rows]), SCHEMA, micro_batch_size=2, accumulate_steps=1, agree=agree_alone)
     assert batch.mean_rank_weight.item() == 1 and batch.weights_B.sum() == 0
 
 
 def test_nothing_to_read_gives_no_batch():
-    assert list(batches(iter([]), SCHEMA, local_batch_size=2, accumulate_steps=1, agree=agree_alone)) == []
+    assert list(batches(iter([]), SCHEMA, micro_batch_size=2, accumulate_steps=1, agree=agree_alone)) == []
 
 
 # ---- ranks
@@ -130,7 +131,7 @@ class Agreement:
 
 
 def run_ranks(
-    *steps_of_ranks: Iterator[Rows], local_batch_size: int, accumulate_steps: int = 1
+    *steps_of_ranks: Iterator[Rows], micro_batch_size: int, accumulate_steps: int = 1
 ) -> list[tuple[list[RecBatch], Exception | None]]:
     """Each rank's batches, and what ended them if not their end."""
     agreement = Agreement(len(steps_of_ranks))
@@ -142,7 +143,7 @@ def run_ranks(
                 batches(
                     steps,
                     SCHEMA,
-                    local_batch_size=local_batch_size,
+                    micro_batch_size=micro_batch_size,
                     accumulate_steps=accumulate_steps,
                     agree=agreement.of_rank(rank),
                 )
@@ -157,9 +158,12 @@ def run_ranks(
 
 @pytest.mark.parametrize("accumulate_steps", [1, 2])
 def test_ranks_with_unequal_data_end_together_and_lose_nothing(accumulate_steps):
-    long = [rows_of([0, 1]), rows_of([2, 3]), rows_of([4])]
-    short = [rows_of([10])]
-    results = run_ranks(iter(long), iter(short), iter([]), local_batch_size=2, accumulate_steps=accumulate_steps)
+    def halves(*steps: list[int]) -> Iterator[Rows]:
+        return iter([rows_of(step[i::accumulate_steps]) for step in steps for i in range(accumulate_steps)])
+
+    results = run_ranks(
+        halves([0, 1], [2, 3], [4]), halves([10]), iter([]), micro_batch_size=2, accumulate_steps=accumulate_steps
+    )
     assert all(error is None for _, error in results)
     assert [len(made) for made, _ in results] == [3 * accumulate_steps] * 3
     read = [[n for batch in made for n in numbers_of_batch(batch)] for made, _ in results]
@@ -174,7 +178,7 @@ def test_a_rank_that_cannot_read_raises_its_own_error_and_the_others_hear_of_it(
         yield rows_of([0, 1])
         raise DataError("part_3.parquet, row 17: item is -1")
 
-    results = run_ranks(iter([rows_of([2, 3])] * 5), broken(), iter([rows_of([4])]), local_batch_size=2)
+    results = run_ranks(iter([rows_of([2, 3])] * 5), broken(), iter([rows_of([4])]), micro_batch_size=2)
     assert [len(made) for made, _ in results] == [1, 1, 1]
     assert [type(error) for _, error in results] == [PeerError, DataError, PeerError]
     assert str(results[1][1]) == "part_3.parquet, row 17: item is -1"
@@ -185,7 +189,7 @@ def test_ranks_that_all_fail_each_raise_their_own_error():
         raise DataError(name)
         yield
 
-    errors = [error for _, error in run_ranks(broken("a"), broken("b"), local_batch_size=2)]
+    errors = [error for _, error in run_ranks(broken("a"), broken("b"), micro_batch_size=2)]
     assert [(type(e), str(e)) for e in errors] == [(DataError, "a"), (DataError, "b")]
 
 
@@ -194,7 +198,7 @@ def test_ranks_that_share_an_epoch_train_on_each_sample_once(block_sizes):
     source = BlockSource(block_sizes)
     order = Order(source, lanes=4, global_batch_size=8, shuffle_window_blocks=2, seed=0)
     steps = [Reader(source, order, range(2 * r, 2 * r + 2)).steps(0) for r in range(2)]
-    results = run_ranks(*steps, local_batch_size=4)
+    results = run_ranks(*steps, micro_batch_size=4)
     assert [len(made) for made, _ in results] == [order.steps_per_epoch] * 2
     seen = [s for made, _ in results for batch in made for s in samples_of_batch(batch) if s["weight"] > 0]
     assert sorted(seen, key=lambda s: s["ids"]["row"]) == [sample(n) for n in range(sum(block_sizes))]

@@ -84,6 +84,27 @@ def test_a_global_batch_holds_the_same_samples_at_any_world_size(order):
         assert max(len(numbers) for step in steps for numbers in step) <= order.global_batch_size // world_size
 
 
+@pytest.mark.parametrize("accumulate_steps", [2, 3])
+def test_a_micro_batch_holds_the_same_samples_at_any_world_size(accumulate_steps):
+    order = make_order([30, 7, 50], 4, 6, 2, None)
+    micro_batches = []
+    for world_size in (1, 2, 4):
+        owned = order.lanes // world_size
+        readers = [
+            Reader(source_of(order), order, range(r * owned, (r + 1) * owned), accumulate_steps)
+            for r in range(world_size)
+        ]
+        ranks = [[numbers_of(rows) for rows in reader.steps(0, first_step=1)] for reader in readers]
+        micro_batches.append([[n for numbers in parts for n in numbers] for parts in zip(*ranks, strict=True)])
+    assert micro_batches[0] == micro_batches[1] == micro_batches[2]
+    assert len(micro_batches[0]) == (order.steps_per_epoch - 1) * accumulate_steps
+    steps = [sorted(step[0]) for step in read(order, first_step=1)]
+    k = accumulate_steps
+    assert [
+        sorted(n for part in micro_batches[0][s : s + k] for n in part) for s in range(0, len(micro_batches[0]), k)
+    ] == steps
+
+
 def test_lanes_tile_the_epoch_and_differ_by_one_row_at_most(order):
     lanes = [order.lane_range(lane) for lane in range(order.lanes)]
     assert [position for lane in lanes for position in lane] == list(range(order.num_rows))
