@@ -251,7 +251,7 @@ class OutputConfig(Strict):
 
 class RunConfig(Strict):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**32)
     device: Device = "auto"
     features: FeatureSchema
     data: DataConfig

@@ -6,6 +6,7 @@ config = load_config("configs/quickstart.yaml", ["train.global_batch_size=4096"]
 import difflib
 import hashlib
 import json
+import re
 import types
 import typing
 from pathlib import Path
@@ -26,9 +27,11 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     """
     path = Path(path)
     try:
-        tree = yaml.safe_load(path.read_text())
+        tree = _read_yaml(path.read_text(encoding="utf-8"))
     except OSError as e:
         raise ConfigError(f"cannot read the configuration {path}: {e.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path} is not a text file in UTF-8") from None
     except yaml.YAMLError as e:
         raise ConfigError(f"{path} is not valid YAML: {e}") from None
     if not isinstance(tree, dict):
@@ -37,7 +40,29 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         )
     for override in overrides:
         _apply(tree, override)
-    return parse_config(tree, origin=str(path))
+    return parse_config(tree, origin=f"{path}, as overridden," if overrides else str(path))
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which 1e-3 is a number, as in YAML 1.2, and a key that stands twice is an error, not the last one's win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: dict[Any, int] = {}
+        for key_node, _ in node.value:
+            key, line = self.construct_object(key_node, deep=True), key_node.start_mark.line + 1
+            if key in seen:
+                raise yaml.YAMLError(f"key {key} stands twice, in lines {seen[key]} and {line}")
+            seen[key] = line
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def _read_yaml(text: str) -> Any:
+    return yaml.load(text, Loader=_Loader)  # a SafeLoader
 
 
 def parse_config(tree: dict[str, Any], origin: str) -> RunConfig:
@@ -70,7 +95,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         raise ConfigError(f"an override reads section.key=value, but this is {override!r}; see --help")
     *parents, leaf = key.split(".")
     try:
-        value = yaml.safe_load(text)
+        value = _read_yaml(text)
     except yaml.YAMLError as e:
         raise ConfigError(f"the value of override {override!r} is not valid YAML: {e}") from None
     node = tree

@@ -25,5 +25,9 @@ class PlanError(UserError):
     """No sharding plan exists, or a given plan is not one for this model and cluster."""
 
 
+class DivergedError(UserError):
+    """The loss is no number any more: what was trained is lost."""
+
+
 class PeerError(DataError):
     """Another rank could not go on; what it says itself is what matters."""

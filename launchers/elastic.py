@@ -19,7 +19,8 @@ def main(argv: list[str]) -> int:
     """Runs the job; returns 0, the first failing rank's exit code, or 128 + the signal that ended it."""
     args = parse_args(argv)
     # It would report each rank that it stops; `failure_summary` says the same in one line.
-    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
+    for part in ("multiprocessing", "agent.server"):
+        logging.getLogger(f"torch.distributed.elastic.{part}.api").setLevel(logging.CRITICAL)
     try:
         run(args)
     except ChildFailedError as error:
@@ -33,6 +34,7 @@ def main(argv: list[str]) -> int:
         )
         return 1
     except SignalException as stop:
+        print(f"Stopped by {signal.Signals(stop.sigval).name}; all ranks have ended.", file=sys.stderr)
         return 128 + int(stop.sigval)
     return 0
 

@@ -24,14 +24,18 @@ def check_columns(schema: FeatureSchema, found: pa.Schema, file: str) -> None:
         if name not in found.names:
             nearest = difflib.get_close_matches(name, found.names, n=1, cutoff=0.0)
             problems.append(
-                f"no column {name}, which the {rule}" + (f"; the nearest is {nearest[0]}" if nearest else "")
+                f"there is no column {name}: {rule}" + (f"; the nearest is {nearest[0]}" if nearest else "")
             )
         elif not fits(found.field(name).type):
-            problems.append(f"column {name} is of type {found.field(name).type}, but the {rule}")
+            problems.append(f"column {name} is of type {found.field(name).type}, but {rule}")
     if problems:
-        raise DataError(
-            "\n  ".join([f"{file} does not fit the features section; mend either of them:", *dict.fromkeys(problems)])
-        )
+        lines = [f"{file} does not fit the features section; mend either of them:", *dict.fromkeys(problems)]
+        if any("needs" in p and "integers" in p and p.startswith("column") for p in problems):
+            lines.append(
+                "ids are integers: when preparing the data, number the values 0, 1, 2, ... or hash them to integers and set the "
+                "table's out_of_range to modulo"
+            )
+        raise DataError("\n  ".join(lines))
 
 
 def is_list(kind: pa.DataType) -> bool:
@@ -42,21 +46,21 @@ def _needs(schema: FeatureSchema) -> list[tuple[str, Callable[[pa.DataType], boo
     """(column, does a type fit, the rule) for each role that a column plays."""
     needs: list[tuple[str, Callable[[pa.DataType], bool], str]] = []
     for f in schema.dense:
-        needs.append((f.name, _is_number, f"dense feature {f.name} needs as numbers"))
+        needs.append((f.name, _is_number, f"dense feature {f.name} needs numbers"))
     for c in schema.categorical:
         if c.multi_hot:
-            needs.append((c.name, _is_integer_list, f"multi-hot feature {c.name} needs as lists of integers"))
+            needs.append((c.name, _is_integer_list, f"multi-hot feature {c.name} needs lists of integers"))
         else:
-            needs.append((c.name, _is_integer_or_list, f"categorical feature {c.name} needs as integers"))
+            needs.append((c.name, _is_integer_or_list, f"categorical feature {c.name} needs integers"))
     for s in schema.sequences:
         for field in s.fields:
-            needs.append((field.name, _is_integer_list, f"sequence {s.name} needs as lists of integers"))
+            needs.append((field.name, _is_integer_list, f"sequence {s.name} needs lists of integers"))
     for label in schema.labels:
-        needs.append((label, _is_number_or_bool, f"label {label} needs as 0 and 1"))
+        needs.append((label, _is_number_or_bool, f"label {label} needs 0 and 1"))
     if schema.weight:
-        needs.append((schema.weight, _is_number, f"sample weight {schema.weight} needs as numbers"))
+        needs.append((schema.weight, _is_number, f"sample weight {schema.weight} needs numbers"))
     if schema.group:
-        needs.append((schema.group, pa.types.is_integer, f"group key {schema.group} needs as integers"))
+        needs.append((schema.group, pa.types.is_integer, f"group key {schema.group} needs integers"))
     return needs
 
 

@@ -99,7 +99,7 @@ def expand(patterns: Sequence[str]) -> list[Path]:
             raise DataError(f"no file matches {pattern} (seen from {Path.cwd()}); mend the path or run from its root")
         for file in found:
             if file.is_dir():
-                raise DataError(f"{file} is a folder; name its files, for example {file / '*'}")
+                raise DataError(f"{file} is a folder; name its files, for example {file / '*.parquet'}")
             if file in files:
                 raise DataError(f"{file} is named twice by {', '.join(patterns)}; its rows would count twice")
         files += found

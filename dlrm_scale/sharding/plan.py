@@ -115,7 +115,7 @@ def load_plan(path: str | Path, request: PlanRequest) -> Plan:
         PlanError: unreadable, not a plan, altered by hand, or made for other tables or ranks, with the difference.
     """
     try:
-        plan = Plan.model_validate_json(Path(path).read_text())
+        plan = Plan.model_validate_json(Path(path).read_bytes())
     except OSError as e:
         raise PlanError(
             f"cannot read the plan {path}: {e.strerror}; sharding.plan names a plan.json of an earlier run"

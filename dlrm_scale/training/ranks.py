@@ -39,9 +39,10 @@ def this_rank(device: Device) -> Rank:
     num_gpus = torch.cuda.device_count()
     kind = ("cuda" if num_gpus >= ranks_per_host else "cpu") if device == "auto" else device
     if kind == "cuda" and num_gpus < ranks_per_host:
+        fewer = f"start at most {num_gpus} a host, or " if num_gpus else ""
         raise ConfigError(
-            f"device is cuda, but this host has {num_gpus} usable GPUs for {ranks_per_host} ranks; "
-            f"start {max(num_gpus, 1)} ranks a host, or set device=cpu; python -m tools.doctor says what CUDA lacks"
+            f"device is cuda, but for this host's {ranks_per_host} rank(s) there are {num_gpus} usable GPUs; {fewer}"
+            "set device=cpu; python -m tools.doctor says what CUDA lacks"
         )
     torch_device = torch.device("cuda", local_index) if kind == "cuda" else torch.device("cpu")
     return Rank(index, world_size, local_index, ranks_per_host, torch_device)

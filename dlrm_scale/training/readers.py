@@ -17,20 +17,13 @@ def check_world(config: RunConfig, world_size: int) -> None:
     """Raises ConfigError if the lanes cannot be shared out evenly."""
     lanes = config.data.lanes
     if lanes % world_size:
-        batch = config.train.global_batch_size
-        fits = [
-            n
-            for n in range(world_size, 64 * world_size, world_size)
-            if batch % (n * config.train.accumulate_steps) == 0
-        ]
+        more_lanes = -(-lanes // world_size) * world_size
+        unit = more_lanes * config.train.accumulate_steps
+        batch = max(1, round(config.train.global_batch_size / unit)) * unit
+        fitting = ", ".join(str(n) for n in range(1, lanes + 1) if lanes % n == 0)
         raise ConfigError(
-            f"data.lanes ({lanes}) must be a multiple of the number of ranks ({world_size}); start "
-            f"{', '.join(str(n) for n in range(1, lanes + 1) if lanes % n == 0)} ranks"
-            + (
-                f", or set data.lanes={fits[0]}"
-                if fits
-                else f", or a train.global_batch_size that {world_size} divides"
-            )
+            f"data.lanes ({lanes}) must be a multiple of the number of ranks ({world_size}); start {fitting} ranks, "
+            f"or set data.lanes={more_lanes} train.global_batch_size={batch}"
         )
 
 

@@ -58,8 +58,13 @@ def print_end(console: Console, config: RunConfig, result: TrainResult, oracle: 
             f"{step_ms['p10']:.1f}/{step_ms['p50']:.1f}/{step_ms['p90']:.1f}\n  median ms: {stages}",
             highlight=False,
         )
-    for what, count in sorted(result.mended.items()):
-        console.print(f"{what}: {count:,}", highlight=False)
+    mended = sorted(result.mended.items(), key=lambda item: -item[1])
+    if mended:
+        console.print("in the rows read (a few batches more than were trained on):", highlight=False)
+    for what, count in mended[:8]:
+        console.print(f"  {what}: {count:,}", highlight=False)
+    if len(mended) > 8:
+        console.print(f"  ... and {len(mended) - 8} more kinds, in {config.output.records}", highlight=False)
     console.print(f"next: tensorboard --logdir {run_dir}", highlight=False)
 
 

@@ -1,5 +1,6 @@
 """One run from its configuration to its record: check and plan on rank 0, then train on all ranks."""
 
+import re
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -84,6 +85,9 @@ def make_plan(config: RunConfig, rank: Rank) -> Plan:
 
 def _make_run_dir(config: RunConfig) -> Path:
     started = datetime.now().strftime("%Y%m%d-%H%M%S")
+    unknown = set(re.findall(r"{.*?}", config.output.dir)) - {"{name}", "{time}"}
+    if unknown:
+        raise ConfigError(f"output.dir has {', '.join(sorted(unknown))}; what is filled in is {{name}} and {{time}}")
     run_dir = Path(config.output.dir.replace("{name}", config.name).replace("{time}", started))
     try:
         run_dir.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,6 @@
 """The step loop: load, step, log, evaluate."""
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from torchrec.distributed.train_pipeline import TrainPipelineBase, TrainPipeline
 
 from dlrm_scale.config import RunConfig
 from dlrm_scale.data.batch import RecBatch
+from dlrm_scale.errors import DivergedError
 from dlrm_scale.sharding.apply import ShardedModel
 from dlrm_scale.training.clock import StepClock
 from dlrm_scale.training.monitor import Board, Metrics, PredictionStore, peak_memory_bytes
@@ -145,6 +147,11 @@ class Trainer:
         loss = loss.item() / self.rank.world_size
         self.loss_sum.zero_()
         self.steps_in_loss = 0
+        if not math.isfinite(loss):  # the same on every rank
+            raise DivergedError(
+                f"the loss is {loss} in the steps up to {step}; lower train.dense.lr and train.sparse.lr, warm up longer "
+                "(train.schedule.warmup_steps) or clip (train.clip_grad_norm)"
+            )
         self.result.losses.append(loss)
         steps_ms = self.clock.drain()
         warm = [ms for i, ms in enumerate(reversed(steps_ms)) if step - i > self.config.log.warmup_steps][::-1]

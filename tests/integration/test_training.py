@@ -95,14 +95,20 @@ def test_an_epoch_trains_on_each_sample_once_and_pads_the_last_batch(tmp_path):
     ("overrides", "code", "said"),
     [
         (["train.global_batchsize=3"], 2, ["train.global_batchsize", "nearest is global_batch_size"]),
-        (["data.lanes=1", "train.global_batch_size=63"], 2, ["data.lanes (1)", "number of ranks (2)"]),
+        (
+            ["data.lanes=3", "train.global_batch_size=63"],
+            2,
+            ["data.lanes (3)", "number of ranks (2)", "data.lanes=4 train.global_batch_size=64"],
+        ),
         (["sharding.plan=nowhere.json"], 1, ["nowhere.json", "No such file"]),
         (["output.dir=/dev/null/run"], 2, ["/dev/null", "output.dir="]),
         (["device=cuda"], 2, ["device is cuda", "0 usable GPUs"]),
         (["train.sparse.name=lamb"], 2, ["lamb", "CUDA only"]),
+        (["output.dir=runs/{foo}"], 2, ["{foo}", "{name} and {time}"]),
+        (["train.dense={name: sgd, lr: 1e30}"], 1, ["the loss is nan", "train.dense.lr"]),
     ],
 )
-def test_a_users_mistake_ends_in_one_screen_before_training(tmp_path, overrides, code, said):
+def test_a_users_mistake_ends_in_one_screen(tmp_path, overrides, code, said):
     outcome = launch(tmp_path, *overrides, timeout=60)
     assert outcome.records == []
     first = outcome.errors.strip().splitlines()[0]

@@ -65,6 +65,26 @@ def test_a_mistake_is_named_with_its_way_out(tiny, override, parts):
     assert len(str(e.value).splitlines()) < 12
 
 
+def test_numbers_as_people_write_them_are_numbers(tiny):
+    for text in ("1e-3", "1E-3", "1.e-3", ".1e-2", "0.001", "+1e-3"):
+        assert load_config(tiny, [f"train.dense.lr={text}"]).train.dense.lr == 1e-3
+    assert load_config(tiny, ["name=v1e3"]).name == "v1e3"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"name: a\ntrain: {}\nname: b\n", r"name stands twice, in lines 1 and 3"),
+        (b"features: {tables: {a: 1, b: 2, a: 3}}\n", r"a stands twice"),
+        (b"name: \xff\xfe\n", "UTF-8"),
+    ],
+)
+def test_a_file_that_would_be_misread_is_refused(tmp_path, content, said):
+    (tmp_path / "bad.yaml").write_bytes(content)
+    with pytest.raises(ConfigError, match=said):
+        load_config(tmp_path / "bad.yaml")
+
+
 @pytest.mark.parametrize("override", ["train.epochs", "=3", "--epochs=3", "train.epochs.x=3", "train.epochs=[1"])
 def test_an_override_that_is_none_is_refused(tiny, override):
     with pytest.raises(ConfigError, match="override"):

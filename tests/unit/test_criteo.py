@@ -103,7 +103,7 @@ def test_columns_that_criteo_has_not_are_refused(tmp_path):
     schema = FeatureSchema(
         tables=SCHEMA.tables, categorical=(CategoricalFeature(name="cat_26", table="hashed"),), labels=("click",)
     )
-    with pytest.raises(DataError, match=r"(?s)no column cat_26,.*nearest is cat_.*no column click,"):
+    with pytest.raises(DataError, match=r"(?s)no column cat_26:.*nearest is cat_.*no column click:"):
         CriteoTsvSource(Split(paths=(str(tmp_path / "day.tsv"),)), schema)
 
 

@@ -102,6 +102,12 @@ def test_plan_that_is_no_file(two_ranks_plan, tmp_path):
         load_plan(tmp_path / "nowhere.json", two_ranks_plan[1])
 
 
+def test_plan_that_is_no_text(two_ranks_plan, tmp_path):
+    (tmp_path / "plan.json").write_bytes(b"PAR1\xff\xfe")
+    with pytest.raises(PlanError, match="not a plan"):
+        load_plan(tmp_path / "plan.json", two_ranks_plan[1])
+
+
 def test_constraints_are_kept():
     for kind, shards in (("row_wise", 2), ("column_wise", 2), ("table_wise", 1), ("data_parallel", 0)):
         config = tiny_config(sharding={"tables": {"user": {"types": [kind], "min_partition": 4}}})
