@@ -14,6 +14,8 @@ Device = Literal["auto", "cpu", "cuda"]
 BagShardingType = Literal[
     "data_parallel", "table_wise", "column_wise", "row_wise", "table_row_wise", "table_column_wise", "grid_shard"
 ]
+# FBGEMM 1.8.0 has only these on CPU, and only these have a twin for replicated tables
+PLAIN_SPARSE_OPTIMIZERS = ("rowwise_adagrad", "adagrad", "sgd")
 SEQUENCE_SHARDING_TYPES = (
     "table_wise",
     "column_wise",
@@ -71,6 +73,9 @@ class DataConfig(Strict):
         8,
         ge=0,
         description="how many randomly drawn blocks (row groups) are mixed row by row; 0 keeps the files' order",
+    )
+    max_held_rows: int = Field(
+        4_000_000, gt=0, description="decoded rows that a rank may hold: its lanes x the rows of a window"
     )
     prefetch_batches: int = Field(4, gt=0, description="batches that the background reader is ahead")
     preflight_rows: int = Field(
@@ -284,6 +289,18 @@ class RunConfig(Strict):
             if name not in self.features.tables:
                 raise ValueError(
                     f"sharding.tables names {name}, which is not in features.tables: {', '.join(self.features.tables)}"
+                )
+            if constraint.min_partition and not {"column_wise", "table_column_wise", "grid_shard"} & set(
+                constraint.types
+            ):
+                raise ValueError(
+                    f"sharding.tables.{name}.min_partition is of column-wise shards, but its types ({', '.join(constraint.types)}) "
+                    "have none; leave it out"
+                )
+            if "data_parallel" in constraint.types and self.train.sparse.name not in PLAIN_SPARSE_OPTIMIZERS:
+                raise ValueError(
+                    f"sharding.tables.{name}.types has data_parallel, which can train by {', '.join(PLAIN_SPARSE_OPTIMIZERS)}, "
+                    f"but train.sparse.name is {self.train.sparse.name}; leave it out, or change the optimizer"
                 )
             if "grid_shard" in constraint.types and self.features.tables[name].pooling == "mean":
                 raise ValueError(

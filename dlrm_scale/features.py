@@ -119,6 +119,11 @@ class FeatureSchema(Strict):
                 raise ValueError(
                     f"feature {f.name} has one id a sample, so pooling_factor {f.pooling_factor} > 1 cannot hold; set multi_hot: true"
                 )
+        means = [name for name in self.tables if name in self.sequence_tables and self.tables[name].pooling == "mean"]
+        if means:
+            raise ValueError(
+                f"table {', '.join(means)} has pooling: mean, but a sequence's table is not pooled; leave it out"
+            )
         dims = {name: table.embedding_dim for name, table in self.tables.items() if name in self.sequence_tables}
         if len(set(dims.values())) > 1:
             raise ValueError(

@@ -6,6 +6,7 @@ with prefetch(batches(reader.steps(epoch), schema, ...), depth=4) as stream:
 
 import queue
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -54,13 +55,20 @@ class Reader:
     Args:
         accumulate_steps: micro-batches of a step. Each lane gives its part to each of them, so that a micro-batch too holds
             the same samples at any number of ranks: sharded tables step at every one.
+
+    Attributes:
+        mended: what policy changed in the rows read of the epoch under way. A window that several lanes read counts for the
+            one that holds its first row, so that over all ranks and a whole epoch each row counts once.
     """
 
     def __init__(self, source: Source, order: Order, owned_lanes: range, accumulate_steps: int = 1) -> None:
         assert order.lane_batch_size % accumulate_steps == 0, (order.lane_batch_size, accumulate_steps)
         self.source, self.order, self.owned_lanes = source, order, owned_lanes
         self.accumulate_steps = accumulate_steps
+        lanes = [order.lane_range(lane) for lane in owned_lanes]
+        self._owned_positions = range(lanes[0].start, lanes[-1].stop)
         self._open: dict[Window, Rows] = {}
+        self.mended: Counter[str] = Counter()
 
     def steps(self, epoch: int, first_step: int = 0) -> Iterator[Rows]:
         """This rank's rows of each micro-batch from step `first_step` on: as many as all steps have, the last ones maybe empty.
@@ -72,6 +80,8 @@ class Reader:
         starts = np.array([w.start for w in windows])
         num_rows = self.order.lane_batch_size // self.accumulate_steps
         self._open.clear()
+        self.mended.clear()
+        self._counted: set[Window] = set()
         for micro_batch in range(
             first_step * self.accumulate_steps, self.order.steps_per_epoch * self.accumulate_steps
         ):
@@ -100,7 +110,11 @@ class Reader:
         """
         rows = self._open.get(window)
         if rows is None:
+            before = Counter(self.source.mended)
             rows = concatenate([self._block(block) for block in window.blocks])
+            if window.start in self._owned_positions and window not in self._counted:
+                self._counted.add(window)
+                self.mended += Counter(self.source.mended) - before
             permutation = window.permutation()
             rows = self._open[window] = rows if permutation is None else take(rows, permutation)
         return rows

@@ -68,9 +68,8 @@ class SyntheticSource:
         self._num_rows = config.num_train if split == "train" else config.num_eval
         self._labels = LabelFunction(schema, seed)
         self._user = next((f for f in schema.bag_features if not f.multi_hot), None)
-        self.fingerprint = "-".join(
-            (f"synthetic{_VERSION}", fingerprint(config), _what_is_drawn(schema), split, str(seed))
-        )
+        rows = f"{self._first_index}+{self._num_rows}"
+        self.fingerprint = f"synthetic{_VERSION}-{_what_is_drawn(schema)}-skew{self._skew}-rows{rows}-seed{seed}"
         self.mended: dict[str, int] = {}
 
     @cached_property

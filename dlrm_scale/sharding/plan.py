@@ -11,7 +11,7 @@ from typing import Literal
 from pydantic import Field, ValidationError
 
 from dlrm_scale.cluster import ClusterSpec
-from dlrm_scale.config import RunConfig, TableSharding
+from dlrm_scale.config import SEQUENCE_SHARDING_TYPES, BagShardingType, RunConfig, TableSharding
 from dlrm_scale.config_io import fingerprint
 from dlrm_scale.errors import PlanError
 from dlrm_scale.strict import Strict
@@ -42,17 +42,17 @@ class PlanRequest(Strict):
 class Shard(Strict):
     """A rectangle of a table, and the rank that holds it."""
 
-    rank: int
-    row: int
-    column: int
-    num_rows: int
-    num_columns: int
+    rank: int = Field(ge=0)
+    row: int = Field(ge=0)
+    column: int = Field(ge=0)
+    num_rows: int = Field(gt=0)
+    num_columns: int = Field(gt=0)
 
 
 class TablePlan(Strict):
-    sharding_type: str
-    compute_kernel: str
-    ranks: tuple[int, ...]
+    sharding_type: BagShardingType
+    compute_kernel: Literal["fused", "dense"]
+    ranks: tuple[int, ...] = Field(min_length=1)
     shards: tuple[Shard, ...] = Field(description="empty for data_parallel: every rank holds the table")
 
 
@@ -136,7 +136,7 @@ def load_plan(path: str | Path, request: PlanRequest) -> Plan:
             + "\n  ".join(shown)
             + "\nplan again (leave sharding.plan out)"
         )
-    _check_shards(plan, path)
+    _check_tables(plan, path)
     mean_grids = [
         n for n, t in plan.tables.items() if t.sharding_type == "grid_shard" and request.tables[n].pooling == "mean"
     ]
@@ -166,28 +166,39 @@ def _differences(planned: PlanRequest, asked: PlanRequest) -> list[str]:
     return lines
 
 
-def _check_shards(plan: Plan, path: str | Path) -> None:
-    """The shards of each table cover it once, on ranks that exist."""
+def _check_tables(plan: Plan, path: str | Path) -> None:
+    """Each table has an entry that TorchRec can follow, whose shards cover it once, on ranks that exist."""
+    if set(plan.tables) != set(plan.request.tables):
+        wrong = sorted(set(plan.tables) ^ set(plan.request.tables))
+        raise PlanError(f"{path}: has no entry for, or one too many for, table {', '.join(wrong)}; plan again")
     for name, spec in plan.request.tables.items():
-        table = plan.tables.get(name)
-        if table is None:
-            raise PlanError(f"{path}: has no entry for table {name}; plan again")
-        if table.sharding_type == "data_parallel":
-            continue
-        area = sum(s.num_rows * s.num_columns for s in table.shards)
-        inside = all(
-            s.row + s.num_rows <= spec.num_embeddings and s.column + s.num_columns <= spec.embedding_dim
-            for s in table.shards
-        )
-        if area != spec.num_embeddings * spec.embedding_dim or not inside or _overlap(table.shards):
-            raise PlanError(
-                f"{path}: the shards of table {name} do not cover its {spec.num_embeddings} x {spec.embedding_dim} once; plan again"
-            )
-        strange = sorted({s.rank for s in table.shards if not 0 <= s.rank < plan.request.cluster.num_ranks})
-        if strange:
-            raise PlanError(
-                f"{path}: table {name} has shards on ranks {strange} of {plan.request.cluster.num_ranks}; plan again"
-            )
+        fault = _fault(plan.tables[name], spec, plan.request.cluster.num_ranks)
+        if fault:
+            raise PlanError(f"{path}: table {name}: {fault}; plan again")
+
+
+def _fault(table: TablePlan, spec: TableSpec, num_ranks: int) -> str | None:
+    """What is wrong with a table's entry."""
+    replicated = table.sharding_type == "data_parallel"
+    strange = sorted({rank for rank in (*table.ranks, *(s.rank for s in table.shards)) if not 0 <= rank < num_ranks})
+    if strange:
+        return f"names ranks {strange} of {num_ranks}"
+    if spec.collection == "sequences" and table.sharding_type not in SEQUENCE_SHARDING_TYPES:
+        return f"a sequence's table cannot be sharded as {table.sharding_type}"
+    if table.compute_kernel != ("dense" if replicated else "fused"):
+        return f"the kernel of {table.sharding_type} is not {table.compute_kernel}"
+    if replicated:
+        return "data_parallel has no shards, but some are given" if table.shards else None
+    if tuple(s.rank for s in table.shards) != table.ranks:
+        return f"its ranks {list(table.ranks)} are not those of its shards"
+    area = sum(s.num_rows * s.num_columns for s in table.shards)
+    inside = all(
+        s.row + s.num_rows <= spec.num_embeddings and s.column + s.num_columns <= spec.embedding_dim
+        for s in table.shards
+    )
+    if area != spec.num_embeddings * spec.embedding_dim or not inside or _overlap(table.shards):
+        return f"its shards do not cover its {spec.num_embeddings} x {spec.embedding_dim} once"
+    return None
 
 
 def _overlap(shards: tuple[Shard, ...]) -> bool:

@@ -8,7 +8,7 @@ from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel, ShardingType
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 
-from dlrm_scale.config import SEQUENCE_SHARDING_TYPES, SparseOptimizer
+from dlrm_scale.config import PLAIN_SPARSE_OPTIMIZERS, SEQUENCE_SHARDING_TYPES, SparseOptimizer
 from dlrm_scale.errors import ConfigError
 
 FUSED_OPTIMIZERS = {
@@ -19,14 +19,20 @@ FUSED_OPTIMIZERS = {
     "partial_rowwise_adam": EmbOptimType.PARTIAL_ROWWISE_ADAM,
     "lamb": EmbOptimType.LAMB,
 }
-CPU_OPTIMIZERS = ("rowwise_adagrad", "adagrad", "sgd")  # FBGEMM 1.8.0 has no other on CPU
 
 
 class BagSharder(EmbeddingBagCollectionSharder):
-    """All sharding types on every device: stock TorchRec offers the row-wise ones for CUDA only, though the CPU runs them."""
+    """All sharding types on every device: stock TorchRec offers the row-wise ones for CUDA only, though the CPU runs them.
+
+    `replicates` tells whether a replicated table could train by the same rule as a sharded one.
+    """
+
+    def __init__(self, fused_params: dict[str, Any], replicates: bool) -> None:
+        super().__init__(fused_params=fused_params)
+        self.replicates = replicates
 
     def sharding_types(self, compute_device_type: str) -> list[str]:
-        return [t.value for t in ShardingType]
+        return [t.value for t in ShardingType if self.replicates or t != ShardingType.DATA_PARALLEL]
 
     def compute_kernels(self, sharding_type: str, compute_device_type: str) -> list[str]:
         return _kernels(sharding_type)
@@ -47,9 +53,9 @@ def _kernels(sharding_type: str) -> list[str]:
 
 def make_sharders(optimizer: SparseOptimizer, device_type: str) -> list[BagSharder | SequenceSharder]:
     """Raises ConfigError for what the device's kernels do not have, or would ignore."""
-    if device_type == "cpu" and optimizer.name not in CPU_OPTIMIZERS:
+    if device_type == "cpu" and optimizer.name not in PLAIN_SPARSE_OPTIMIZERS:
         raise ConfigError(
-            f"train.sparse.name is {optimizer.name}, which FBGEMM has for CUDA only; on CPU take one of {', '.join(CPU_OPTIMIZERS)}"
+            f"train.sparse.name is {optimizer.name}, which FBGEMM has for CUDA only; on CPU take one of {', '.join(PLAIN_SPARSE_OPTIMIZERS)}"
         )
     if device_type == "cpu" and optimizer.weight_decay:
         raise ConfigError(
@@ -63,4 +69,5 @@ def make_sharders(optimizer: SparseOptimizer, device_type: str) -> list[BagShard
     }
     if optimizer.weight_decay and optimizer.name == "rowwise_adagrad":
         fused["weight_decay_mode"] = WeightDecayMode.L2  # without a mode, this kernel ignores weight_decay
-    return [BagSharder(fused_params=dict(fused)), SequenceSharder(fused_params=dict(fused))]
+    replicates = optimizer.name in PLAIN_SPARSE_OPTIMIZERS
+    return [BagSharder(dict(fused), replicates), SequenceSharder(fused_params=dict(fused))]

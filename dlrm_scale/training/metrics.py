@@ -16,12 +16,12 @@ def binary_metrics(
     Returns: log_loss; ne, the log loss over the entropy of the base rate (He et al. 2014), the base rate that of these very
         samples; auc; gauc, the groups' AUCs averaged with the groups' weights over groups that hold both labels (absent
         without `groups_N`); calibration, the predicted over the actual number of positives; base_rate. A figure that does
-        not exist (an AUC of one label only) is NaN.
+        not exist (an AUC of one label only; any, of a logit that is no number) is NaN.
     """
     keep = weights_N > 0
     logits, labels, weights = (np.asarray(a[keep], dtype=np.float64) for a in (logits_N, labels_N, weights_N))
     nan = float("nan")
-    if not len(logits):
+    if not len(logits) or not np.isfinite(logits).all():
         return dict.fromkeys(
             ("log_loss", "ne", "auc", "calibration", "base_rate") + (("gauc",) if groups_N is not None else ()), nan
         )

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
-from dlrm_scale.config import DenseOptimizer, Schedule, SparseOptimizer, TrainConfig
+from dlrm_scale.config import PLAIN_SPARSE_OPTIMIZERS, DenseOptimizer, Schedule, SparseOptimizer, TrainConfig
 from dlrm_scale.errors import ConfigError
 from dlrm_scale.sharding.apply import ShardedModel
 
@@ -29,12 +29,10 @@ class ReplicatedTableOptimizer(torch.optim.Optimizer):
         ConfigError: for another rule; a replicated table would silently learn by another one than a sharded table.
     """
 
-    RULES = ("rowwise_adagrad", "adagrad", "sgd")
-
     def __init__(self, tables: Iterable[nn.Parameter], config: SparseOptimizer) -> None:
-        if config.name not in self.RULES:
+        if config.name not in PLAIN_SPARSE_OPTIMIZERS:
             raise ConfigError(
-                f"the plan replicates a table (data_parallel), which can train by {', '.join(self.RULES)}, but train.sparse.name is "
+                f"the plan replicates a table (data_parallel), which can train by {', '.join(PLAIN_SPARSE_OPTIMIZERS)}, but train.sparse.name is "
                 f"{config.name}; leave data_parallel out of the tables' sharding types, or change the optimizer"
             )
         super().__init__(tables, {"lr": config.lr, "eps": config.eps, "weight_decay": config.weight_decay})

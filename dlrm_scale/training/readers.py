@@ -31,14 +31,13 @@ class TrainReader:
     """This rank's micro-batches of every epoch. Making one is collective."""
 
     def __init__(self, config: RunConfig, rank: Rank, source: Source) -> None:
-        self.config, self.source, self.agree = config, source, make_agree()
-        self.accumulate_steps = config.train.accumulate_steps
+        self.config, self.agree, self.accumulate_steps = config, make_agree(), config.train.accumulate_steps
         self.reader = _reader(
             config,
             rank,
             source,
-            config.data.shuffle_window_blocks,
-            max_rows=None,
+            config.train.global_batch_size,
+            shuffle_window_blocks=config.data.shuffle_window_blocks,
             accumulate_steps=self.accumulate_steps,
         )
         self.micro_batch_size = config.train.global_batch_size // rank.world_size // self.accumulate_steps
@@ -53,25 +52,19 @@ class TrainReader:
         epoch, step = divmod(num_steps - 1, self.reader.order.steps_per_epoch)
         return self.reader.order.consumed_after(epoch, step)
 
-    @property
-    def mended(self) -> dict[str, int]:
-        return self.source.mended
-
     def _rows(self) -> Iterator[Rows]:
         epochs = (self.reader.steps(epoch) for epoch in range(self.config.train.epochs))
         return islice((rows for epoch in epochs for rows in epoch), self.num_steps * self.accumulate_steps)
 
 
 class EvalReader:
-    """This rank's batches of the held-out split, in its own order. Making one is collective."""
+    """This rank's batches of the held-out split, as large as training's micro-batches. Making one is collective."""
 
     def __init__(self, config: RunConfig, rank: Rank, source: Source) -> None:
-        self.config, self.source, self.agree = config, source, make_agree()
-        self.accumulate_steps = 1
-        self.reader = _reader(
-            config, rank, source, shuffle_window_blocks=0, max_rows=config.eval.max_samples, accumulate_steps=1
-        )
-        self.micro_batch_size = config.train.global_batch_size // rank.world_size
+        self.config, self.agree, self.accumulate_steps = config, make_agree(), 1
+        batch = config.train.global_batch_size // config.train.accumulate_steps
+        self.reader = _reader(config, rank, source, batch, shuffle_window_blocks=0, max_rows=config.eval.max_samples)
+        self.micro_batch_size = batch // rank.world_size
 
     def batches(self) -> AbstractContextManager[Iterator[RecBatch]]:
         return _batches(self, self.reader.steps(0))
@@ -81,20 +74,36 @@ def _reader(
     config: RunConfig,
     rank: Rank,
     source: Source,
+    global_batch_size: int,
+    *,
     shuffle_window_blocks: int,
-    max_rows: int | None,
-    accumulate_steps: int,
+    max_rows: int | None = None,
+    accumulate_steps: int = 1,
 ) -> Reader:
     order = Order(
         source,
         lanes=config.data.lanes,
-        global_batch_size=config.train.global_batch_size,
+        global_batch_size=global_batch_size,
         shuffle_window_blocks=shuffle_window_blocks,
         seed=config.seed,
         max_rows=max_rows,
     )
     lanes = config.data.lanes // rank.world_size
+    _check_memory(config, order, lanes)
     return Reader(source, order, range(rank.index * lanes, (rank.index + 1) * lanes), accumulate_steps)
+
+
+def _check_memory(config: RunConfig, order: Order, lanes_per_rank: int) -> None:
+    """Each lane holds one decoded window: blocks (of Parquet: row groups) that are large make that the whole memory."""
+    window_rows = max(window.num_rows for window in order.windows(0))
+    held_rows = min(order.num_rows, lanes_per_rank * window_rows)
+    if held_rows > config.data.max_held_rows:
+        raise ConfigError(
+            f"a rank would hold {held_rows:,} decoded rows: {lanes_per_rank} lanes x windows of {window_rows:,} rows "
+            f"(data.shuffle_window_blocks={config.data.shuffle_window_blocks} blocks of up to {int(order.block_rows.max()):,}), more "
+            f"than data.max_held_rows ({config.data.max_held_rows:,}); write the files with smaller row groups (8192 to 65536 "
+            "rows), set fewer data.lanes or data.shuffle_window_blocks, or raise data.max_held_rows if the memory is there"
+        )
 
 
 def _batches(of: TrainReader | EvalReader, rows: Iterator[Rows]) -> AbstractContextManager[Iterator[RecBatch]]:

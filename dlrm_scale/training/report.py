@@ -1,6 +1,7 @@
 """What a run leaves behind: the final table on the console and one line in records.jsonl."""
 
 import json
+import math
 import os
 import platform
 from datetime import UTC, datetime
@@ -11,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from dlrm_scale.cluster import ClusterSpec
 from dlrm_scale.config import RunConfig
 from dlrm_scale.config_io import fingerprint
 from dlrm_scale.sharding.plan import Plan
@@ -22,7 +24,7 @@ RECORD_FORMAT = 1
 SHOWN = ("ne", "auc", "gauc", "calibration", "log_loss")
 
 
-def print_start(console: Console, config: RunConfig, plan: Plan, run_dir: Path) -> None:
+def print_start(console: Console, config: RunConfig, plan: Plan, run_dir: Path, num_steps: int) -> None:
     """The plan, one line a table, and where the run writes."""
     table = Table(
         title=f"{config.name}: sharding plan {plan.fingerprint} on {len(plan.ranks)} ranks", title_justify="left"
@@ -36,6 +38,14 @@ def print_start(console: Console, config: RunConfig, plan: Plan, run_dir: Path) 
     if len(rows) > 40:
         console.print(f"... and {len(rows) - 40} more tables in {run_dir / 'plan.json'}")
     console.print(f"config {fingerprint(config)}, writing to {run_dir}", highlight=False)
+    train = config.train
+    if train.max_steps and train.max_steps > num_steps:
+        console.print(f"note: train.max_steps is {train.max_steps}, but {train.epochs} epoch(s) have {num_steps} steps")
+    if train.schedule.warmup_steps >= num_steps:
+        console.print(
+            f"note: train.schedule.warmup_steps ({train.schedule.warmup_steps}) last all {num_steps} steps: "
+            "the learning rates never reach their values"
+        )
 
 
 def print_end(console: Console, config: RunConfig, result: TrainResult, oracle: Metrics | None, run_dir: Path) -> None:
@@ -54,22 +64,33 @@ def print_end(console: Console, config: RunConfig, result: TrainResult, oracle: 
     if result.samples_per_second and step_ms:
         stages = ", ".join(f"{s} {_median(result, s):.1f}" for s in STAGES)
         console.print(
-            f"{result.samples_per_second:,.0f} samples/s; step ms p10/p50/p90 "
+            f"{result.samples_per_second:,.0f} samples/s without the first {config.log.warmup_steps} steps, logging and evaluation\n"
+            f"  step ms p10/p50/p90 "
             f"{step_ms['p10']:.1f}/{step_ms['p50']:.1f}/{step_ms['p90']:.1f}\n  median ms: {stages}",
             highlight=False,
         )
-    mended = sorted(result.mended.items(), key=lambda item: -item[1])
-    if mended:
-        console.print("in the rows read (a few batches more than were trained on):", highlight=False)
-    for what, count in mended[:8]:
-        console.print(f"  {what}: {count:,}", highlight=False)
-    if len(mended) > 8:
-        console.print(f"  ... and {len(mended) - 8} more kinds, in {config.output.records}", highlight=False)
+    _print_mended(console, config, "training", result.mended)
+    _print_mended(console, config, "held-out", result.eval_mended)
     console.print(f"next: tensorboard --logdir {run_dir}", highlight=False)
 
 
+def _print_mended(console: Console, config: RunConfig, split: str, mended: dict[str, int]) -> None:
+    most = sorted(mended.items(), key=lambda item: -item[1])
+    if most:
+        console.print(f"{split} rows read in the last epoch (some ahead of the last step):", highlight=False)
+    for what, count in most[:6]:
+        console.print(f"  {what}: {count:,}", highlight=False)
+    if len(most) > 6:
+        console.print(f"  ... and {len(most) - 6} more kinds, in {config.output.records}", highlight=False)
+
+
 def run_record(
-    config: RunConfig, plan: Plan, result: TrainResult, peak_memory: list[dict[str, int]], oracle: Metrics | None
+    config: RunConfig,
+    cluster: ClusterSpec,
+    plan: Plan,
+    result: TrainResult,
+    peak_memory: list[dict[str, int]],
+    oracle: Metrics | None,
 ) -> dict[str, Any]:
     """One run as the tuner reads it: what it was asked for, on what, how fast, how good."""
     return {
@@ -79,7 +100,7 @@ def run_record(
         "name": config.name,
         "config_fingerprint": fingerprint(config),
         "config": config.model_dump(mode="json"),
-        "cluster": plan.request.cluster.model_dump(mode="json"),
+        "cluster": cluster.model_dump(mode="json"),
         "plan": {
             "fingerprint": plan.fingerprint,
             "sharding_types": {name: t.sharding_type for name, t in plan.tables.items()},
@@ -97,6 +118,7 @@ def run_record(
         "metrics": result.eval_metrics,
         "oracle": oracle,
         "mended": result.mended,
+        "eval_mended": result.eval_mended,
     }
 
 
@@ -104,7 +126,7 @@ def append_record(path: str | Path, record: dict[str, Any]) -> None:
     """Adds one line, in one write, so that runs that end together do not mix their lines."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    line = (json.dumps(_without_nan(record), allow_nan=False) + "\n").encode()
+    line = (json.dumps(_as_json(record), allow_nan=False) + "\n").encode()
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         os.write(descriptor, line)
@@ -112,13 +134,13 @@ def append_record(path: str | Path, record: dict[str, Any]) -> None:
         os.close(descriptor)
 
 
-def _without_nan(value: Any) -> Any:
-    """JSON has no NaN; a figure that does not exist is null."""
+def _as_json(value: Any) -> Any:
+    """JSON has no NaN and no infinity; a figure that does not exist is null."""
     if isinstance(value, dict):
-        return {k: _without_nan(v) for k, v in value.items()}
+        return {k: _as_json(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_nan(v) for v in value]
-    return None if isinstance(value, float) and value != value else value
+        return [_as_json(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _median(result: TrainResult, stage: str) -> float:

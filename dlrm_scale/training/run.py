@@ -69,7 +69,6 @@ def prepare(config: RunConfig, rank: Rank) -> Prepared:
             preflight(source, config.data.preflight_rows)
     plan = make_plan(config, rank)
     run_dir = _make_run_dir(config)
-    (run_dir / "config.yaml").write_text(f"# fingerprint {fingerprint(config)}\n{dump_config(config)}")
     save_plan(plan, run_dir / "plan.json")
     return Prepared(plan, run_dir)
 
@@ -92,12 +91,16 @@ def _make_run_dir(config: RunConfig) -> Path:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         if any(run_dir.iterdir()):
-            raise ConfigError(f"output.dir {run_dir} is not empty; name a new one: output.dir=runs/another")
-        (run_dir / ".write_test").touch()
-        (run_dir / ".write_test").unlink()
+            raise FileExistsError
+        with (run_dir / "config.yaml").open("x") as f:  # of two runs that begin at once, one gets the folder
+            f.write(f"# fingerprint {fingerprint(config)}\n{dump_config(config)}")
         records = Path(config.output.records)
         records.parent.mkdir(parents=True, exist_ok=True)
         records.open("a").close()
+    except FileExistsError:
+        raise ConfigError(
+            f"output.dir {run_dir} is not a new or empty folder; name another: output.dir=runs/another"
+        ) from None
     except OSError as e:
         raise ConfigError(
             f"cannot write to {e.filename or run_dir}: {e.strerror}; name another place: output.dir=... output.records=..."
@@ -117,7 +120,7 @@ def _train(config: RunConfig, rank: Rank, prepared: Prepared, board: Board, cons
     model = build_model(config, dense_device=rank.device)
     sharded = shard_model(model, prepared.plan, config.train.sparse, rank.device, config.seed)
     if console:
-        print_start(console, config, prepared.plan, prepared.run_dir)
+        print_start(console, config, prepared.plan, prepared.run_dir, train_reader.num_steps)
         board.text("config", f"fingerprint {fingerprint(config)}\n```yaml\n{dump_config(config)}```")
         board.text("plan", _markdown(prepared.plan))
     with Progress(console, train_reader.num_steps) as progress:
@@ -126,7 +129,8 @@ def _train(config: RunConfig, rank: Rank, prepared: Prepared, board: Board, cons
     dist.gather_object(peak_memory_bytes(rank.device), memory, dst=0)
     if console and memory is not None:
         oracle = oracle_metrics(config, eval_source) if isinstance(eval_source, SyntheticSource) else None
-        record = run_record(config, prepared.plan, result, memory, oracle)
+        cluster = this_cluster(rank.world_size, rank.ranks_per_host, rank.device.type)
+        record = run_record(config, cluster, prepared.plan, result, memory, oracle)
         append_record(config.output.records, record)
         print_end(console, config, result, oracle, prepared.run_dir)
     return result

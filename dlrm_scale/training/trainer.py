@@ -42,6 +42,7 @@ class TrainResult:
     losses: list[float] = field(default_factory=list)
     eval_metrics: Metrics = field(default_factory=dict)
     mended: dict[str, int] = field(default_factory=dict)
+    eval_mended: dict[str, int] = field(default_factory=dict)
 
     @property
     def samples_per_second(self) -> float | None:
@@ -157,7 +158,7 @@ class Trainer:
         warm = [ms for i, ms in enumerate(reversed(steps_ms)) if step - i > self.config.log.warmup_steps][::-1]
         self.result.step_ms += warm
         metrics = self.window.metrics(self.rank)
-        mended = sum_counts(self.train_reader.mended, self.rank)
+        mended = sum_counts(self.train_reader.reader.mended, self.rank)
         if metrics is None or mended is None:
             return
         self.result.mended = mended
@@ -183,7 +184,9 @@ class Trainer:
         if self.eval_reader is None:
             return
         metrics = evaluate(self.config, self.rank, self.model, self.eval_reader)
-        if metrics is not None:
+        mended = sum_counts(self.eval_reader.reader.mended, self.rank)
+        if metrics is not None and mended is not None:
+            self.result.eval_mended = mended
             self.result.eval_metrics = metrics
             self.board.metrics("eval", metrics, self.result.num_steps)
             self.progress.log_eval(self.result.num_steps, metrics)

@@ -1,7 +1,7 @@
 """Every sharding type computes what one unsharded process computes: logits, and tables after optimizer steps.
 
-Sharded sums run in another order than the twin's, so results agree to float32 rounding, not bitwise: about 1e-6 after three
-steps, against 1e-2 that the steps move; the bound leaves a factor of ten.
+Sharded sums run in another order than the twin's, so results agree to float32 rounding, not bitwise: up to 1e-5 after three
+steps, against 1e-2 that the steps move.
 """
 
 import pytest
@@ -12,7 +12,7 @@ from dlrm_scale.models.ranking_model import build_model
 from dlrm_scale.sharding.apply import INIT_BLOCK_ROWS, shard_model
 from dlrm_scale.sharding.plan import Plan
 from tests.support.configs import tiny_config
-from tests.support.twin import case_config, compare, make_plan
+from tests.support.twin import case_config, compare, constraint, make_plan
 
 BAG_TYPES = (
     "data_parallel",
@@ -24,7 +24,7 @@ BAG_TYPES = (
     "grid_shard",
 )
 SEQUENCE_TYPES = ("table_wise", "column_wise", "row_wise")
-TOLERANCE = 1e-5
+TOLERANCE = 5e-5
 
 
 def check(ranks, config: RunConfig, ranks_per_host: int, types: dict[str, str], tolerance: float = TOLERANCE) -> None:
@@ -105,7 +105,7 @@ def test_initial_values_do_not_depend_on_plan_or_world(two_ranks, four_ranks):
                 "categorical": [{"name": "user", "table": "user"}],
                 "sequences": [{"name": "h", "max_length": 3, "fields": [{"name": "hi", "table": "item"}]}],
             },
-            sharding={"tables": {"user": {"types": [bag_type], "min_partition": 4}}},
+            sharding={"tables": {"user": constraint(bag_type, 4)}},
         )
         seen.append(ranks.run(initial_table, config, make_plan(config, ranks.world_size, 2))[0])
     assert torch.equal(seen[0], seen[1]) and torch.equal(seen[0], seen[2])

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from typing import Any
 
 import torch
 from torch.distributed._shard.sharded_tensor import ShardedTensor
@@ -21,6 +22,12 @@ from dlrm_scale.training.optimizers import TrainOptimizer
 from tests.support.configs import tiny_config
 
 NUM_STEPS = 3
+RATE_FACTORS = (0.5, 1.0, 1.0)  # a warm-up of two steps
+
+
+def constraint(sharding_type: str, min_partition: int) -> dict[str, Any]:
+    by_column = sharding_type in ("column_wise", "table_column_wise", "grid_shard")
+    return {"types": [sharding_type], "min_partition": min_partition if by_column else None}
 
 
 def case_config(bag_type: str, sequence_type: str, sparse: dict, data_type: str = "fp32") -> RunConfig:
@@ -33,12 +40,16 @@ def case_config(bag_type: str, sequence_type: str, sparse: dict, data_type: str 
         "category": {"num_embeddings": 20, "embedding_dim": 32},
     }
     tables = {name: table | {"data_type": data_type} for name, table in tables.items()}
-    constraints = {name: {"types": [bag_type], "min_partition": 128} for name in ("user", "tag")}
-    constraints |= {name: {"types": [sequence_type], "min_partition": 16} for name in ("item", "category")}
+    constraints = {name: constraint(bag_type, 128) for name in ("user", "tag")}
+    constraints |= {name: constraint(sequence_type, 16) for name in ("item", "category")}
     return tiny_config(
         features={"tables": tables},
         sharding={"tables": constraints},
-        train={"sparse": sparse, "dense": {"name": "sgd", "lr": 0.1}},
+        train={
+            "sparse": sparse,
+            "dense": {"name": "sgd", "lr": 0.1},
+            "schedule": {"warmup_steps": 2},
+        },
     )
 
 
@@ -80,13 +91,18 @@ class Twin:
         self.dense = torch.optim.SGD(
             [p for n, p in self.model.named_parameters() if not n.startswith("embeddings.")], lr=0.1
         )
+        self.num_steps = 0
         self.sums: dict[tuple[str, int], torch.Tensor] = {}
 
     def step(self, batch: RecBatch) -> torch.Tensor:
         loss, predictions = self.model(batch)
         self.model.zero_grad()
         loss.backward()
+        factor = RATE_FACTORS[self.num_steps]
+        self.num_steps += 1
+        self.dense.param_groups[0]["lr"] = 0.1 * factor
         self.dense.step()
+        self.lr = self.config.train.sparse.lr * factor
         with torch.no_grad():
             for name, table in self.tables.items():
                 for first, last in self._column_blocks(name):
@@ -104,13 +120,13 @@ class Twin:
     def _update(self, name: str, weight: torch.Tensor, grad: torch.Tensor, column: int) -> None:
         sparse = self.config.train.sparse
         if sparse.name == "sgd":
-            weight -= sparse.lr * grad
+            weight -= self.lr * grad
             return
         square = grad * grad
         if sparse.name == "rowwise_adagrad":
             square = square.sum(dim=1, keepdim=True) / grad.shape[1]
         total = self.sums[name, column] = self.sums.get((name, column), 0) + square
-        weight -= sparse.lr * grad / (torch.sqrt(total) + sparse.eps)
+        weight -= self.lr * grad / (torch.sqrt(total) + sparse.eps)
 
 
 def compare(config: RunConfig, plan: Plan) -> dict[str, float]:

@@ -238,4 +238,4 @@ def test_every_absent_column_is_named_with_the_nearest_present_one():
     with pytest.raises(DataError) as e:
         check_columns(schema_with(), found, "day.parquet")
     assert "no column price:" in str(e.value) and "nearest is pricee" in str(e.value)
-    assert "no column label," in str(e.value)
+    assert "no column label:" in str(e.value)

@@ -15,6 +15,7 @@ from dlrm_scale.sharding.plan import load_plan, plan_request, save_plan
 from dlrm_scale.sharding.planner import find_plan
 from dlrm_scale.sharding.sharders import make_sharders
 from tests.support.configs import tiny_config
+from tests.support.twin import constraint
 
 
 def planned(config, cluster):
@@ -26,7 +27,8 @@ def planned(config, cluster):
 
 @pytest.fixture(scope="module")
 def two_ranks_plan():
-    return planned(tiny_config(), this_cluster(2, 2, "cpu"))
+    rows = {"tables": {"item": {"types": ["row_wise"]}}}
+    return planned(tiny_config(sharding=rows), this_cluster(2, 2, "cpu"))
 
 
 def test_plan_covers_every_table_within_its_collections_types(two_ranks_plan):
@@ -80,9 +82,20 @@ def test_plan_of_another_model_or_cluster_is_refused_with_the_difference(two_ran
     ("spoil", "said"),
     [
         (lambda plan: plan["request"]["tables"]["user"].update(num_embeddings=7), "altered"),
-        (lambda plan: plan["tables"].pop("user"), "no entry for table user"),
+        (lambda plan: plan["tables"].pop("user"), "user"),
         (lambda plan: plan["tables"]["item"]["shards"][0].update(num_rows=1), "cover"),
-        (lambda plan: plan["tables"]["item"]["shards"][0].update(rank=9), "rank"),
+        (lambda plan: plan["tables"]["item"]["shards"][0].update(rank=9), r"ranks \[9\] of 2"),
+        (lambda plan: plan["tables"]["item"].update(ranks=[5, 5]), r"ranks \[5\] of 2"),
+        (
+            lambda plan: plan["tables"]["item"].update(ranks=plan["tables"]["item"]["ranks"][::-1]),
+            "not those of its shards",
+        ),
+        (lambda plan: plan["tables"]["item"].update(sharding_type="banana"), "not a plan"),
+        (lambda plan: plan["tables"]["item"].update(sharding_type="table_row_wise"), "sequence's table"),
+        (lambda plan: plan["tables"]["item"].update(compute_kernel="dense"), "kernel"),
+        (lambda plan: plan["tables"]["item"]["shards"][0].update(row=-100), "not a plan"),
+        (lambda plan: plan["tables"]["item"]["shards"][1].update(row=0), "cover"),
+        (lambda plan: plan["tables"].update(more=plan["tables"]["item"]), "more"),
         (lambda plan: plan.pop("ranks"), "not a plan"),
         (lambda plan: plan.update(extra=1), "not a plan"),
     ],
@@ -110,7 +123,7 @@ def test_plan_that_is_no_text(two_ranks_plan, tmp_path):
 
 def test_constraints_are_kept():
     for kind, shards in (("row_wise", 2), ("column_wise", 2), ("table_wise", 1), ("data_parallel", 0)):
-        config = tiny_config(sharding={"tables": {"user": {"types": [kind], "min_partition": 4}}})
+        config = tiny_config(sharding={"tables": {"user": constraint(kind, 4)}})
         plan, _ = planned(config, this_cluster(2, 2, "cpu"))
         assert plan.tables["user"].sharding_type == kind and len(plan.tables["user"].shards) == shards
 
@@ -167,6 +180,7 @@ def test_an_optimizer_that_the_device_lacks_is_refused():
     with pytest.raises(ConfigError, match=r"adam.*CUDA only.*rowwise_adagrad"):
         make_sharders(config.train.sparse, "cpu")
     assert len(make_sharders(config.train.sparse, "cuda")) == 2
+    assert "data_parallel" not in make_sharders(config.train.sparse, "cuda")[0].sharding_types("cuda")
     decayed = tiny_config(train={"sparse": {"name": "rowwise_adagrad", "weight_decay": 0.1}})
     with pytest.raises(ConfigError, match=r"weight_decay is 0\.1.*CPU"):
         make_sharders(decayed.train.sparse, "cpu")
