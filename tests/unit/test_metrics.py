@@ -78,3 +78,36 @@ def test_no_sample_gives_no_figure():
     metrics = binary_metrics(np.zeros(2), np.zeros(2), np.zeros(2), np.zeros(2, dtype=np.int64))
     assert set(metrics) == {"log_loss", "ne", "auc", "calibration", "base_rate", "gauc"}
     assert all(math.isnan(v) for v in metrics.values())
+
+
+def test_figures_of_unequal_weights_equal_a_loop_over_samples(samples):
+    scores, labels, weights, _ = samples
+    logits = scores + 0.7  # predicts far more positives than there are
+    losses = positives = predicted = total = 0.0
+    for logit, label, weight in zip(logits, labels, weights, strict=True):
+        probability = 1 / (1 + math.exp(-logit))
+        losses -= weight * math.log(probability if label else 1 - probability)
+        positives += weight * label
+        predicted += weight * probability
+        total += weight
+    rate = positives / total
+    entropy = -rate * math.log(rate) - (1 - rate) * math.log(1 - rate)
+    expected = {
+        "log_loss": losses / total,
+        "ne": losses / total / entropy,
+        "calibration": predicted / positives,
+        "base_rate": rate,
+    }
+    assert expected["calibration"] > 1.5 and abs(rate - labels.mean()) > 1e-3
+    metrics = binary_metrics(logits, labels, weights, None)
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_logit_that_is_no_number_leaves_no_figure(samples, bad):
+    scores, labels, weights, groups = samples
+    metrics = binary_metrics(
+        np.append(scores, bad), np.append(labels, 1.0), np.append(weights, 1.0), np.append(groups, 0)
+    )
+    assert set(metrics) == {"log_loss", "ne", "auc", "calibration", "base_rate", "gauc"}
+    assert all(math.isnan(v) for v in metrics.values())
