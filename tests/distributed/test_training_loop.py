@@ -1,6 +1,10 @@
 """The trainer's loop on two ranks: pipelined, interrupted by evaluations, accumulated, on data that ends unevenly."""
 
+from collections import Counter
+
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.distributed as dist
@@ -191,3 +195,50 @@ def test_readers_in_one_run_keep_their_agreements_apart(two_ranks):
     )
     (result, _), _ = two_ranks.run(train, config, make_plan(config, 2, 2))
     assert result.num_steps == 40
+
+
+def mended_counts(config: RunConfig) -> tuple[dict[str, int], dict[str, int]]:
+    """What one epoch's readers of this rank count, for training and evaluation."""
+    rank, counts = this_rank("cpu"), []
+    for reader, split in ((TrainReader, "train"), (EvalReader, "eval")):
+        made = reader(config, rank, open_source(config.data, config.features, split, config.seed))
+        with made.batches() as stream:
+            assert sum(1 for _ in stream) > 0
+        counts.append(dict(made.reader.mended))
+    return counts[0], counts[1]
+
+
+def test_what_policies_changed_counts_once_at_any_number_of_ranks(two_ranks, four_ranks, tmp_path):
+    rows = 3000
+    numbers = np.arange(rows)
+    table = pa.table(
+        {"user": numbers, "item": numbers % 300, "h": [[1] * (i % 5) for i in range(rows)], "click": numbers % 2}
+    )
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=70)
+    split = {"paths": [str(tmp_path / "a.parquet")]}
+    config = tiny_config(
+        features={
+            "tables": {
+                "user": {"num_embeddings": 1000, "embedding_dim": 8, "out_of_range": "modulo"},
+                "item": {"num_embeddings": 300, "embedding_dim": 8},
+            },
+            "dense": [],
+            "categorical": [{"name": "user", "table": "user"}, {"name": "item", "table": "item"}],
+            "sequences": [{"name": "history", "max_length": 3, "fields": [{"name": "h", "table": "item"}]}],
+            "group": None,
+        },
+        data={"source": {"kind": "parquet", "train": split, "eval": split}, "shuffle_window_blocks": 3},
+        train={"max_steps": None},
+    )
+    truth = {"ids of user taken modulo 1000": 2000, "rows of sequence history cut to the last 3 events": 600}
+    for ranks in (two_ranks, four_ranks):
+        for counts in zip(*ranks.run(mended_counts, config), strict=True):
+            assert dict(sum((Counter(c) for c in counts), Counter())) == truth
+
+
+def test_files_of_row_groups_too_large_to_hold_are_refused(two_ranks):
+    config = loop_config(data={"max_held_rows": 3000})
+    with pytest.raises(
+        AssertionError, match=r"would hold 4,000 decoded rows: 2 lanes x windows of 4,000 rows(.|\n)*max_held_rows"
+    ):
+        two_ranks.run(mended_counts, config)

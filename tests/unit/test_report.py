@@ -92,7 +92,10 @@ def test_an_infinite_figure_is_null(tmp_path, infinite):
 
 def test_record_of_a_run_holds_its_speed_by_stage(tmp_path, result):
     memory = [{"host_bytes": 7}, {"host_bytes": 9}]
-    append_record(tmp_path / "records.jsonl", run_record(tiny_config(), hand_made_plan(2), result, memory, None))
+    append_record(
+        tmp_path / "records.jsonl",
+        run_record(tiny_config(), this_cluster(2, 2, "cpu"), hand_made_plan(2), result, memory, None),
+    )
     record = strict_json((tmp_path / "records.jsonl").read_text())
     assert record["samples_per_second"] == 2000.0
     assert record["step_ms"] == pytest.approx({"p10": 12.0, "p50": 20.0, "p90": 28.0})
@@ -104,15 +107,28 @@ def test_record_of_a_run_holds_its_speed_by_stage(tmp_path, result):
 
 
 def test_start_shows_where_each_table_lies():
-    lines = printed(print_start, tiny_config(), hand_made_plan(2), RUN_DIR)
+    lines = printed(print_start, tiny_config(), hand_made_plan(2), RUN_DIR, 20)
     [first], [second] = ([line for line in lines if name in line] for name in ("table_00", "table_01"))
     assert [cell.strip() for cell in first.strip("│").split("│")] == ["table_00", "500 x 8", "data_parallel", "all"]
     assert [cell.strip() for cell in second.strip("│").split("│")] == ["table_01", "500 x 8", "table_wise", "1"]
     assert any(str(RUN_DIR) in line for line in lines)
 
 
+@pytest.mark.parametrize(
+    ("train", "said"),
+    [
+        ({"max_steps": 500}, "train.max_steps is 500, but 1 epoch(s) have 20 steps"),
+        ({"schedule": {"warmup_steps": 20}}, "warmup_steps (20) last all 20 steps"),
+        ({"max_steps": 20, "schedule": {"warmup_steps": 19}}, None),
+    ],
+)
+def test_start_notes_settings_that_the_data_is_too_short_for(train, said):
+    text = " ".join(printed(print_start, tiny_config(train=train), hand_made_plan(2), RUN_DIR, 20))
+    assert ("note:" in text) == (said is not None) and (said is None or said in text)
+
+
 def test_start_of_many_tables_says_how_many_are_left_out():
-    lines = printed(print_start, tiny_config(), hand_made_plan(45), RUN_DIR)
+    lines = printed(print_start, tiny_config(), hand_made_plan(45), RUN_DIR, 20)
     assert sum("table_" in line for line in lines) == 40 and any("5 more tables" in line for line in lines)
 
 
@@ -129,8 +145,8 @@ def test_end_shows_speed_and_the_commonest_mends(result):
     text = "\n".join(lines)
     assert "2,000 samples/s" in text and "12.0/20.0/28.0" in text
     assert "input_dist 4.0" in text and "backward 8.0" in text
-    assert [line.split(":")[0].strip() for line in lines if "kind_" in line] == [f"kind_{i}" for i in range(10, 2, -1)]
-    assert "2 more kinds" in text and f"tensorboard --logdir {RUN_DIR}" in text and "oracle" not in text
+    assert [line.split(":")[0].strip() for line in lines if "kind_" in line] == [f"kind_{i}" for i in range(10, 4, -1)]
+    assert "4 more kinds" in text and f"tensorboard --logdir {RUN_DIR}" in text and "oracle" not in text
 
 
 def test_end_of_a_run_that_was_all_warm_up_has_no_speed():
