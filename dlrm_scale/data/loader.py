@@ -68,6 +68,7 @@ class Reader:
         lanes = [order.lane_range(lane) for lane in owned_lanes]
         self._owned_positions = range(lanes[0].start, lanes[-1].stop)
         self._open: dict[Window, Rows] = {}
+        self._counted: set[Window] = set()
         self.mended: Counter[str] = Counter()
 
     def steps(self, epoch: int, first_step: int = 0) -> Iterator[Rows]:
@@ -80,8 +81,8 @@ class Reader:
         starts = np.array([w.start for w in windows])
         num_rows = self.order.lane_batch_size // self.accumulate_steps
         self._open.clear()
+        self._counted.clear()
         self.mended.clear()
-        self._counted: set[Window] = set()
         for micro_batch in range(
             first_step * self.accumulate_steps, self.order.steps_per_epoch * self.accumulate_steps
         ):

@@ -85,16 +85,17 @@ def initialise_tables(sharded: ShardedModel, plan: Plan, seed: int) -> None:
         if isinstance(weight, ShardedTensor):
             for shard in weight.local_shards():
                 row, column = shard.metadata.shard_offsets
-                _fill(shard.tensor, name, row, column, spec.num_embeddings, spec.embedding_dim, seed)
+                fill_shard(shard.tensor, name, row, column, spec.num_embeddings, spec.embedding_dim, seed)
         else:
-            _fill(weight, name, 0, 0, spec.num_embeddings, spec.embedding_dim, seed)
+            fill_shard(weight, name, 0, 0, spec.num_embeddings, spec.embedding_dim, seed)
     if dist.is_initialized():
         dist.barrier()
 
 
-def _fill(
+def fill_shard(
     shard: torch.Tensor, table: str, row: int, column: int, num_embeddings: int, embedding_dim: int, seed: int
 ) -> None:
+    """Writes the part of a table (see `initialise_tables`) that begins at (row, column) and is as large as `shard`."""
     bound = math.sqrt(1 / num_embeddings)
     num_rows, num_columns = shard.shape
     for block in range(row // INIT_BLOCK_ROWS, math.ceil((row + num_rows) / INIT_BLOCK_ROWS)):

@@ -12,17 +12,8 @@ from dlrm_scale.models.ranking_model import build_model
 from dlrm_scale.sharding.apply import INIT_BLOCK_ROWS, shard_model
 from dlrm_scale.sharding.plan import Plan
 from tests.support.configs import tiny_config
-from tests.support.twin import case_config, compare, constraint, make_plan
+from tests.support.twin import BAG_TYPES, case_config, compare, constraint, make_plan
 
-BAG_TYPES = (
-    "data_parallel",
-    "table_wise",
-    "column_wise",
-    "row_wise",
-    "table_row_wise",
-    "table_column_wise",
-    "grid_shard",
-)
 SEQUENCE_TYPES = ("table_wise", "column_wise", "row_wise")
 TOLERANCE = 5e-5
 

@@ -7,19 +7,10 @@ import torch
 import torch.distributed as dist
 
 from tests.support.launch import launch
-from tests.support.twin import case_config, compare, make_plan
+from tests.support.twin import BAG_TYPES, case_config, compare, make_plan
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
-BAG_TYPES = (
-    "data_parallel",
-    "table_wise",
-    "column_wise",
-    "row_wise",
-    "table_row_wise",
-    "table_column_wise",
-    "grid_shard",
-)
 # CUDA sums with atomics and other tilings than the twin; three steps of float32 stay within this
 TOLERANCE = 1e-4
 

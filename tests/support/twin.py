@@ -2,25 +2,26 @@
 
 import copy
 import math
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 
 from dlrm_scale.cluster import this_cluster
-from dlrm_scale.config import RunConfig
+from dlrm_scale.config import BagShardingType, RunConfig
 from dlrm_scale.data.batch import RecBatch
 from dlrm_scale.data.loader import Reader, agree_alone, batches
 from dlrm_scale.data.open import open_source
 from dlrm_scale.data.order import Order
 from dlrm_scale.models.embeddings import Embeddings
 from dlrm_scale.models.ranking_model import RankingModel, build_model
-from dlrm_scale.sharding.apply import MODULE_PATHS, _fill, shard_model
+from dlrm_scale.sharding.apply import MODULE_PATHS, fill_shard, shard_model
 from dlrm_scale.sharding.plan import Plan, plan_request
 from dlrm_scale.sharding.planner import find_plan
 from dlrm_scale.training.optimizers import TrainOptimizer
 from tests.support.configs import tiny_config
 
+BAG_TYPES = get_args(BagShardingType)
 NUM_STEPS = 3
 RATE_FACTORS = (0.5, 1.0, 1.0)  # a warm-up of two steps
 
@@ -87,7 +88,7 @@ class Twin:
         for name, spec in plan.request.tables.items():
             inner = "embedding_bags" if spec.collection == "bags" else "embeddings"
             self.tables[name] = self.model.get_parameter(f"{MODULE_PATHS[spec.collection]}.{inner}.{name}.weight")
-            _fill(self.tables[name].data, name, 0, 0, spec.num_embeddings, spec.embedding_dim, config.seed)
+            fill_shard(self.tables[name].data, name, 0, 0, spec.num_embeddings, spec.embedding_dim, config.seed)
         self.dense = torch.optim.SGD(
             [p for n, p in self.model.named_parameters() if not n.startswith("embeddings.")], lr=0.1
         )
@@ -163,6 +164,6 @@ def compare(config: RunConfig, plan: Plan) -> dict[str, float]:
             worst[name] = (mine - value).abs().max().item()
     if rank == 0:
         start = torch.empty_like(twin.tables["item"].data)
-        _fill(start, "item", 0, 0, *start.shape, config.seed)
+        fill_shard(start, "item", 0, 0, *start.shape, config.seed)
         worst["moved"] = (twin.tables["item"].data - start).abs().max().item()
     return worst
