@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from dlrm_scale.errors import ConfigError
 from dlrm_scale.features import FeatureSchema
 from dlrm_scale.strict import Strict
 
@@ -14,6 +15,9 @@ Device = Literal["auto", "cpu", "cuda"]
 BagShardingType = Literal[
     "data_parallel", "table_wise", "column_wise", "row_wise", "table_row_wise", "table_column_wise", "grid_shard"
 ]
+SparseOptimizerName = Literal["rowwise_adagrad", "adagrad", "sgd", "adam", "partial_rowwise_adam", "lamb"]
+DenseOptimizerName = Literal["adam", "adamw", "adagrad", "sgd"]
+FusedKernel = Literal["fused", "fused_uvm_caching", "fused_uvm"]  # rows in HBM; cached in HBM; in host memory
 # FBGEMM 1.8.0 has only these on CPU, and only these have a twin for replicated tables
 PLAIN_SPARSE_OPTIMIZERS = ("rowwise_adagrad", "adagrad", "sgd")
 SEQUENCE_SHARDING_TYPES = (
@@ -91,6 +95,11 @@ class InterFormerConfig(Strict):
 
     arch: Literal["interformer"] = "interformer"
     dim: int = Field(64, gt=0, description="d, of every token; tables of another width are projected to it")
+    num_feature_tokens: int | None = Field(
+        None,
+        gt=1,
+        description="mix the features' tokens to this many first (LCE), where there are hundreds; None: keep all",
+    )
     num_layers: int = Field(3, gt=0)
     num_heads: int = Field(4, gt=0)
     num_cls: int = Field(4, gt=0, description="n_CLS = n_sum: summary tokens of the non-sequence features")
@@ -168,26 +177,50 @@ class LogisticConfig(Strict):
 
 # ---------------------------------------------------------------- sharding
 class TableSharding(Strict):
-    """What the planner may do with one table."""
+    """What the planner may do with one table; None leaves it free."""
 
-    types: tuple[BagShardingType, ...] = Field(min_length=1)
+    types: tuple[BagShardingType, ...] | None = Field(None, min_length=1)
+    kernels: tuple[FusedKernel, ...] | None = Field(
+        None, min_length=1, description="of all types but data_parallel; fused_uvm and fused_uvm_caching are for CUDA"
+    )
+    cache_load_factors: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(
+        (0.1, 0.2, 0.5), min_length=1, description="parts of the table's rows that fused_uvm_caching may hold in HBM"
+    )
     min_partition: int | None = Field(None, gt=0, multiple_of=4, description="fewest columns of a column-wise shard")
+    ranks: tuple[int, ...] | None = Field(None, min_length=1, description="the only ranks that may hold its shards")
+    avoid_ranks: tuple[int, ...] = Field((), description="ranks that may not")
+    hosts: tuple[int, ...] | None = Field(None, min_length=1, description="the only hosts that may hold its shards")
+    avoid_hosts: tuple[int, ...] = Field((), description="hosts that may not")
+    pin: tuple[int, ...] | None = Field(
+        None, min_length=1, description="the rank of each shard, in the order of their place in the table"
+    )
 
 
 class ShardingConfig(Strict):
     plan: str | None = Field(None, description="a plan.json to replay; None: plan now")
-    tables: dict[str, TableSharding] = Field({}, description="by table; a table not named may be sharded in any way")
-    storage_reserve: float = Field(
-        0.15, ge=0, lt=1, description="part of each rank's memory that the tables may not take"
+    objective: Literal["busiest_rank", "critical_path"] = Field(
+        "busiest_rank",
+        description="busiest_rank: TorchRec's, the largest rank's sum of compute and communication; "
+        "critical_path: maximum compute forward and backward, and the maximum of each collective",
     )
-    search_seconds: float = Field(20.0, gt=0)
+    tables: dict[str, TableSharding] = Field({}, description="by table; a table not named may be sharded in any way")
+    together: tuple[tuple[str, ...], ...] = Field(
+        (), description="groups of tables, each whole on one and the same rank"
+    )
+    apart: tuple[tuple[str, ...], ...] = Field((), description="groups of tables no two of which share a rank")
+    keep_close_to: str | None = Field(None, description="a plan.json of the same tables that is costly to leave")
+    churn_ms_per_gb: float = Field(1.0, ge=0, description="what a GB placed elsewhere than in keep_close_to costs")
+    storage_reserve: float = Field(
+        0.15, ge=0, lt=1, description="part of each rank's memory that is kept free: allocator, NCCL, fragmentation"
+    )
+    search_seconds: float = Field(20.0, gt=0, description="the search is cut short here; usually it ends well before")
 
 
 # ---------------------------------------------------------------- training
 class SparseOptimizer(Strict):
     """Of the tables: fused into the backward pass, one step a micro-batch."""
 
-    name: Literal["rowwise_adagrad", "adagrad", "sgd", "adam", "partial_rowwise_adam", "lamb"] = "rowwise_adagrad"
+    name: SparseOptimizerName = "rowwise_adagrad"
     lr: float = Field(0.02, ge=0)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0, description="L2, on the rows a batch touches")
@@ -203,7 +236,7 @@ class SparseOptimizer(Strict):
 
 
 class DenseOptimizer(Strict):
-    name: Literal["adam", "adamw", "adagrad", "sgd"] = "adam"
+    name: DenseOptimizerName = "adam"
     lr: float = Field(1e-3, ge=0)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)
@@ -290,6 +323,8 @@ class RunConfig(Strict):
                 raise ValueError(
                     f"sharding.tables names {name}, which is not in features.tables: {', '.join(self.features.tables)}"
                 )
+            if constraint.types is None:
+                continue
             if constraint.min_partition and not {"column_wise", "table_column_wise", "grid_shard"} & set(
                 constraint.types
             ):
@@ -325,3 +360,18 @@ class RunConfig(Strict):
             raise ValueError(
                 f"model.mode {self.model.mode} needs a sequence, but features.sequences is empty; set model.mode=sole or take model.arch=dlrm_dcnv2"
             )
+
+
+def check_num_ranks(config: RunConfig, num_ranks: int) -> None:
+    """Raises ConfigError if so many ranks cannot share the lanes, and with them the global batch, evenly."""
+    lanes = config.data.lanes
+    if lanes % num_ranks:
+        more_lanes = -(-lanes // num_ranks) * num_ranks
+        unit = more_lanes * config.train.accumulate_steps
+        batch = max(1, round(config.train.global_batch_size / unit)) * unit
+        fitting = ", ".join(str(n) for n in range(1, lanes + 1) if lanes % n == 0)
+        raise ConfigError(
+            f"data.lanes ({lanes}) must be a multiple of the number of ranks ({num_ranks}), so that each takes an equal part of "
+            f"train.global_batch_size ({config.train.global_batch_size}); start {fitting} ranks, "
+            f"or set data.lanes={more_lanes} train.global_batch_size={batch}"
+        )

@@ -1,4 +1,4 @@
-"""Reads a `RunConfig` from YAML and dotted overrides, and says in one screen what is wrong with it.
+"""Reads a `RunConfig` (from YAML and dotted overrides) or another strict model, and says in one screen what is wrong with it.
 
 config = load_config("configs/quickstart.yaml", ["train.global_batch_size=4096"])
 """
@@ -10,13 +10,15 @@ import re
 import types
 import typing
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from dlrm_scale.config import RunConfig
 from dlrm_scale.errors import ConfigError
+
+Model = TypeVar("Model", bound=BaseModel)
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
@@ -25,22 +27,38 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     Raises:
         ConfigError: every problem found, each with its dotted key, and the nearest known key for an unknown one.
     """
-    path = Path(path)
+    tree = read_tree(path, RunConfig, "configuration")
+    for override in overrides:
+        _apply(tree, override)
+    return parse_config(tree, origin=f"{path}, as overridden," if overrides else str(path))
+
+
+def parse_overrides(model: type[Model], overrides: list[str]) -> Model:
+    """A model from `a.b.c=value` overrides of its defaults alone. Raises ConfigError, as `load_config` does."""
+    tree: dict[str, Any] = {}
+    for override in overrides:
+        _apply(tree, override)
+    return parse_tree(tree, model, "list of section.key=value", "the command line")
+
+
+def read_tree(path: str | Path, model: type[BaseModel], kind: str) -> dict[str, Any]:
+    """The mapping that a YAML file of `model` holds, not yet validated; `kind` is what messages call such a file.
+
+    Raises:
+        ConfigError: the file cannot be read, is no YAML, or holds no mapping.
+    """
     try:
-        tree = _read_yaml(path.read_text(encoding="utf-8"))
+        tree = _read_yaml(Path(path).read_text(encoding="utf-8"))
     except OSError as e:
-        raise ConfigError(f"cannot read the configuration {path}: {e.strerror}") from None
+        raise ConfigError(f"cannot read the {kind} {path}: {e.strerror}") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path} is not a text file in UTF-8") from None
     except yaml.YAMLError as e:
         raise ConfigError(f"{path} is not valid YAML: {e}") from None
     if not isinstance(tree, dict):
-        raise ConfigError(
-            f"{path} must hold a mapping of sections (features, data, model, train, ...), but holds {type(tree).__name__}"
-        )
-    for override in overrides:
-        _apply(tree, override)
-    return parse_config(tree, origin=f"{path}, as overridden," if overrides else str(path))
+        keys = ", ".join(list(model.model_fields)[:5])
+        raise ConfigError(f"{path} must hold a mapping of keys ({keys}, ...), but holds {type(tree).__name__}")
+    return tree
 
 
 class _Loader(yaml.SafeLoader):
@@ -67,15 +85,19 @@ def _read_yaml(text: str) -> Any:
 
 def parse_config(tree: dict[str, Any], origin: str) -> RunConfig:
     """Validates a plain tree of mappings, lists and scalars. Raises ConfigError, as `load_config` does."""
+    return parse_tree(tree, RunConfig, "configuration", origin)
+
+
+def parse_tree(tree: dict[str, Any], model: type[Model], kind: str, origin: str) -> Model:
+    """`tree` as a `model`. Raises ConfigError: every problem found, each with its dotted key."""
     try:
-        return RunConfig.model_validate_json(
-            json.dumps(tree)
-        )  # JSON mode: a list is a tuple, an int is a float, nothing else is cast
+        # JSON mode: a list is a tuple, an int is a float, nothing else is cast
+        return model.model_validate_json(json.dumps(tree))
     except TypeError as e:
         raise ConfigError(f"{origin}: {e}") from None
     except ValidationError as e:
-        lines = [f"  {_describe(error)}" for error in e.errors(include_url=False)]
-        raise ConfigError(f"{origin} is not a valid configuration:\n" + "\n".join(lines)) from None
+        lines = [f"  {_describe(error, model)}" for error in e.errors(include_url=False)]
+        raise ConfigError(f"{origin} is not a valid {kind}:\n" + "\n".join(lines)) from None
 
 
 def dump_config(config: RunConfig) -> str:
@@ -108,10 +130,10 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     node[leaf] = value
 
 
-def _describe(error: Any) -> str:
+def _describe(error: Any, root: type[BaseModel]) -> str:
     """One line for one of pydantic's errors: where, what is the rule, what was given, what was meant."""
     path = [str(part) for part in error["loc"]]
-    models, path = _walk(path, unknown_key=error["type"] == "extra_forbidden")
+    models, path = _walk(path, root, unknown_key=error["type"] == "extra_forbidden")
     where = ".".join(path) or "the whole"
     if error["type"] == "extra_forbidden":
         known = sorted({name for model in models for name in model.model_fields})
@@ -129,9 +151,9 @@ def _describe(error: Any) -> str:
     return f"{where}: {message[0].lower()}{message[1:]}{shown}"
 
 
-def _walk(loc: list[str], unknown_key: bool) -> tuple[list[type[BaseModel]], list[str]]:
+def _walk(loc: list[str], root: type[BaseModel], unknown_key: bool) -> tuple[list[type[BaseModel]], list[str]]:
     """The models that the last part of `loc` is looked up in, and `loc` without the tags that pydantic adds for unions."""
-    models: list[type[BaseModel]] = [RunConfig]
+    models = [root]
     path: list[str] = []
     for i, part in enumerate(loc):
         last = i == len(loc) - 1

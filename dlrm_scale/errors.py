@@ -25,6 +25,10 @@ class PlanError(UserError):
     """No sharding plan exists, or a given plan is not one for this model and cluster."""
 
 
+class NoPlanError(PlanError):
+    """Memory is short for every plan, or constraints leave a table no way to be sharded: another request may have a plan."""
+
+
 class DivergedError(UserError):
     """The loss is no number any more: what was trained is lost."""
 

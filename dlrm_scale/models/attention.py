@@ -50,6 +50,7 @@ class SelfAttention(nn.Module):
 class AttentionPooling(nn.Module):
     """PMA (Eq. 4; Set Transformer without its feed-forward and norms): learned queries attend to the tokens.
 
+    Values and output start as the identity: a pooled token starts near the mean of the tokens, in their own space.
     (B, N, d), valid_BN -> (B, Q, d); zeros for a sample without a valid token.
     """
 
@@ -58,7 +59,10 @@ class AttentionPooling(nn.Module):
         self.num_heads = num_heads
         self.queries_Qd = nn.Parameter(torch.empty(num_queries, dim).normal_(std=0.02))
         self.kv = linear(dim, 2 * dim, bias=False)
-        self.out = linear(dim, dim, bias=False)
+        self.out = nn.Linear(dim, dim, bias=False)
+        with torch.no_grad():
+            self.kv.weight[dim:] = torch.eye(dim)
+            nn.init.eye_(self.out.weight)
 
     def forward(self, tokens_BNd: Tensor, valid_BN: Tensor) -> Tensor:
         any_valid_B1 = valid_BN.any(dim=1, keepdim=True)  # the softmax of a row without a valid key is not defined

@@ -69,16 +69,18 @@ class RankingModel(nn.Module):
     Args:
         embeddings: the tables; sharded in place by `DistributedModelParallel`.
         arch: (dense_BF, pooled, embedded) -> logits_BT.
-        num_tasks: T, the columns of the labels and logits.
         precision: of the arch's products; tables, norms, softmax and loss stay fp32.
     """
 
-    def __init__(self, embeddings: Embeddings, arch: nn.Module, num_tasks: int, precision: Precision) -> None:
+    def __init__(self, embeddings: Embeddings, arch: nn.Module, precision: Precision) -> None:
         super().__init__()
         self.embeddings = embeddings
         self.dense = DensePart(arch, precision)
         self.loss = WeightedLoss()
-        self.num_tasks = num_tasks
+
+    @property
+    def num_dense_parameters(self) -> int:
+        return sum(p.numel() for p in self.dense.parameters())
 
     def forward(self, batch: RecBatch) -> tuple[Tensor, Predictions]:
         """The scalar loss of this rank, and its predictions."""
@@ -88,15 +90,17 @@ class RankingModel(nn.Module):
 
 
 def build_model(config: RunConfig, *, table_device: torch.device = META, dense_device: torch.device) -> RankingModel:
-    """The model of a run. The dense arch's weights depend on `config.seed` alone; this leaves the global generator as it was.
+    """The model of a run; raises ConfigError: the features do not suit the arch."""
+    embeddings = Embeddings(config.features, table_device)
+    return RankingModel(embeddings, build_arch(config).to(dense_device), config.train.precision)
+
+
+def build_arch(config: RunConfig) -> nn.Module:
+    """The dense arch, on the CPU. Its weights depend on `config.seed` alone; this leaves the global generator as it was.
 
     Raises:
         ConfigError: the features do not suit the arch.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(
-            config.seed
-        )  # on the CPU, so that every device starts from the same weights
-        arch = _ARCHS[type(config.model)](config.features, config.model)
-    embeddings = Embeddings(config.features, table_device)
-    return RankingModel(embeddings, arch.to(dense_device), len(config.features.labels), config.train.precision)
+        torch.default_generator.manual_seed(config.seed)  # on the CPU: every device starts from the same weights
+        return _ARCHS[type(config.model)](config.features, config.model)

@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed._shard.sharding_spec import EnumerableShardingSpec, ShardMetadata
 from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.distributed.types import EmbeddingModuleShardingPlan, ParameterSharding, ShardingPlan
+from torchrec.distributed.types import CacheParams, EmbeddingModuleShardingPlan, ParameterSharding, ShardingPlan
 
 from dlrm_scale.config import SparseOptimizer
 from dlrm_scale.sharding.plan import Plan
@@ -21,9 +21,10 @@ MODULE_PATHS = {"bags": "embeddings.ebc", "sequences": "embeddings.ec"}  # of Ra
 INIT_BLOCK_ROWS = 65_536
 
 
-def to_torchrec(plan: Plan) -> ShardingPlan:
-    """The plan in TorchRec's own terms."""
+def to_torchrec(plan: Plan, device_type: str | None = None) -> ShardingPlan:
+    """The plan in TorchRec's own terms, for modules on `device_type` (None: the cluster's)."""
     cluster = plan.request.cluster
+    device_type = device_type or cluster.device
     modules: dict[str, EmbeddingModuleShardingPlan] = {}
     for name, table in plan.tables.items():
         spec = None
@@ -33,7 +34,7 @@ def to_torchrec(plan: Plan) -> ShardingPlan:
                     ShardMetadata(
                         shard_offsets=[s.row, s.column],
                         shard_sizes=[s.num_rows, s.num_columns],
-                        placement=f"rank:{s.rank}/{_device_of(s.rank, cluster.device, cluster.ranks_per_host)}",
+                        placement=f"rank:{s.rank}/{_device_of(s.rank, device_type, cluster.ranks_per_host)}",
                     )
                     for s in table.shards
                 ]
@@ -44,12 +45,13 @@ def to_torchrec(plan: Plan) -> ShardingPlan:
             compute_kernel=table.compute_kernel,
             ranks=list(table.ranks),
             sharding_spec=spec,
+            cache_params=None if table.cache_load_factor is None else CacheParams(load_factor=table.cache_load_factor),
         )
     return ShardingPlan(modules)
 
 
 def _device_of(rank: int, device_type: str, ranks_per_host: int) -> str:
-    return device_type if device_type == "cpu" else f"{device_type}:{rank % ranks_per_host}"
+    return f"cuda:{rank % ranks_per_host}" if device_type == "cuda" else device_type
 
 
 def shard_model(
@@ -68,6 +70,18 @@ def shard_model(
     )
     initialise_tables(sharded, plan, seed)
     return sharded
+
+
+def shard_on_meta(model: nn.Module, plan: Plan, optimizer: SparseOptimizer) -> ShardedModel:
+    """What `shard_model` builds on this rank of a `meta_world`, without memory: collections and tables on meta."""
+    return DistributedModelParallel(
+        model,
+        device=torch.device("meta"),
+        plan=to_torchrec(plan, "meta"),
+        sharders=make_sharders(optimizer, plan.request.cluster.device),
+        init_parameters=False,
+        init_data_parallel=False,
+    )
 
 
 @torch.no_grad()

@@ -1,131 +1,179 @@
-"""Finds a sharding plan with TorchRec's planner, set up as it works best.
+"""Finds the sharding plan of least score for a request: options, search, bound, plan.
 
-Its default takes minutes for hundreds of tables and lands far from the bound; greedy search without depth first and
-placement sorted by cost close most of that gap (856 tables on 64 ranks: 2.15 to 1.005 times the lower bound, by its own
-cost model). Needs neither a process group nor a GPU: the model's tables are on the meta device.
+Needs no process group, no GPU and no model: tables are described by the request. Scores and bytes are TorchRec's own (see
+cost.py and storage.py), so its planner and this one can be compared; the search, the bound and the proof that nothing fits
+are ours.
 """
 
-import logging
+from collections.abc import Callable
+from dataclasses import dataclass
 
-from torch import nn
-from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
-from torchrec.distributed.planner.partitioners import GreedyPerfPartitioner, SortBy
-from torchrec.distributed.planner.proposers import GreedyProposer, UniformProposer
-from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
-from torchrec.distributed.planner.types import ParameterConstraints, PlannerError, ShardingOption
+import numpy as np
 
-from dlrm_scale.config import SEQUENCE_SHARDING_TYPES, SparseOptimizer
 from dlrm_scale.config_io import fingerprint
-from dlrm_scale.errors import PlanError
-from dlrm_scale.sharding.plan import Plan, PlanRequest, RankLoad, Shard, TablePlan
-from dlrm_scale.sharding.sharders import make_sharders
+from dlrm_scale.errors import NoPlanError
+from dlrm_scale.sharding.bound import Bound, choice_totals, lower_bound
+from dlrm_scale.sharding.memory import dense_bytes, table_capacity
+from dlrm_scale.sharding.options import BYTE_KINDS, STAGES, OptionSet, enumerate_options
+from dlrm_scale.sharding.plan import Plan, PlanRequest, RankLoad, load_plan
+from dlrm_scale.sharding.problem import Churn, Cutter, Problem, Unit, demands
+from dlrm_scale.sharding.rules import check_rules, make_units
+from dlrm_scale.sharding.search import Found, Search
 
-STAGES = ("fwd_compute", "fwd_comms", "bwd_compute", "bwd_comms", "prefetch_compute")
+Progress = Callable[[float, Found], None]
 
 
-def find_plan(model: nn.Module, request: PlanRequest, optimizer: SparseOptimizer, search_seconds: float) -> Plan:
-    """Plans the collections in `model` (on any device, also meta).
+@dataclass(frozen=True)
+class Planned:
+    """A plan, and what is told of how it was found but not kept in plan.json."""
+
+    plan: Plan
+    found: Found
+    num_options: int
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A request made ready for the search."""
+
+    options: OptionSet
+    cutter: Cutter
+    problem: Problem
+
+
+def prepare(request: PlanRequest, options: OptionSet | None = None) -> Prepared:
+    """Raises ConfigError, NoPlanError: rules that contradict each other, or leave a table no option."""
+    check_rules(request)
+    options = enumerate_options(request) if options is None else options
+    cutter = Cutter(request, options, demands(request, options))
+    units = make_units(request, cutter)
+    problem = Problem(
+        num_ranks=cutter.num_ranks,
+        ranks_per_host=cutter.ranks_per_host,
+        num_channels=cutter.demand_GK.shape[1] - 2,
+        capacity=np.array(table_capacity(request)),
+        units=units,
+        churn=_churn(request, cutter),
+    )
+    return Prepared(options, cutter, problem)
+
+
+def find_plan(
+    request: PlanRequest,
+    seed: int = 0,
+    num_rounds: int | None = None,
+    progress: Progress | None = None,
+    options: OptionSet | None = None,
+) -> Planned:
+    """The same request, seed and rounds give the same plan, unless `sharding.search_seconds` cuts the search short.
 
     Raises:
-        PlanError: no plan fits, with the planner's reason.
+        NoPlanError: no plan fits (with the proof, or that none was found), or rules leave a table no option.
+        ConfigError: rules that contradict each other. PlanError: `sharding.keep_close_to` is no plan of these tables.
     """
-    planner = EmbeddingShardingPlanner(
-        topology=_topology(request),
-        batch_size=request.local_batch_size,
-        storage_reservation=FixedPercentageStorageReservation(percentage=request.storage_reserve),
-        proposer=[GreedyProposer(use_depth=False), UniformProposer(), GreedyProposer()],
-        partitioner=GreedyPerfPartitioner(sort_by=SortBy.PERF),
-        constraints={name: _constraints(name, request) for name in request.tables},
-        stats=[],
-        debug=False,
-        timeout_seconds=max(1, round(search_seconds)),
-    )
-    try:
-        planner.plan(model, make_sharders(optimizer, request.cluster.device))
-    except PlannerError as e:
-        raise PlanError(_no_plan(request, e)) from None
-    options = planner._best_plan
-    assert options is not None, "the planner found a plan but did not keep it"
+    prepared = prepare(request, options)
+    problem = prepared.problem
+    totals = choice_totals(problem, prepared.cutter)
+    bound = lower_bound(problem, totals)
+    if bound.impossible:
+        subject = "" if bound.unit is None else _names(problem.units[bound.unit], prepared) + " "
+        raise NoPlanError(_no_plan(request, subject + bound.impossible, proven=True))
+    search = Search(problem, totals, bound, seed, request.sharding.search_seconds, progress)
+    found = search.run(rounds_for(problem) if num_rounds is None else num_rounds)
+    if not found.fits:
+        raise NoPlanError(_no_plan(request, _overfull(problem, found), proven=False))
+    return Planned(make_plan(request, prepared, found, bound), found, len(prepared.options.option_table))
+
+
+def rounds_for(problem: Problem) -> int:
+    """Enough that more gains little (docs/results/planner.md), and a few seconds at most."""
+    return int(np.clip(400_000 / (len(problem.units) + problem.num_ranks), 100, 3000))
+
+
+def make_plan(request: PlanRequest, prepared: Prepared, found: Found, bound: Bound) -> Plan:
+    tables, at = {}, {}
+    for unit, placed in zip(prepared.problem.units, found.placed, strict=True):
+        choice = unit.choices[placed.choice]
+        for member, table in enumerate(unit.tables):
+            name = prepared.options.table_names[table]
+            tables[name] = prepared.cutter.table_plan(choice, member, placed.places)
+            at[name] = choice.options[member]
+    tables = dict(sorted(tables.items()))
     return Plan(
         fingerprint=fingerprint(request),
         request=request,
-        tables={option.name: _table_plan(option) for option in sorted(options, key=lambda o: o.name)},
-        ranks=_rank_loads(options, request.cluster.num_ranks),
+        tables=tables,
+        ranks=rank_loads(request, prepared, {name: (at[name], tables[name].ranks) for name in tables}),
+        score_ms=found.score_ms,
+        bound_ms=min(bound.ms, found.score_ms),  # they may be equal but for rounding
     )
 
 
-def _topology(request: PlanRequest) -> Topology:
-    cluster = request.cluster
-    on_cuda = cluster.device == "cuda"
-    planner_types = logging.getLogger("torchrec.distributed.planner.types")
-    level = planner_types.level
-    planner_types.setLevel(logging.ERROR)  # warns of a Topology made without its factory, whose defaults are a V100's
-    try:
-        return Topology(
-            world_size=cluster.num_ranks,
-            local_world_size=cluster.ranks_per_host,
-            compute_device=cluster.device,
-            hbm_cap=int(cluster.memory_bytes.value) if on_cuda else 0,
-            ddr_cap=0 if on_cuda else int(cluster.memory_bytes.value),
-            ssd_cap=0,
-            hbm_mem_bw=cluster.memory_bandwidth_bytes_per_ms.value,
-            ddr_mem_bw=cluster.memory_bandwidth_bytes_per_ms.value,
-            intra_host_bw=cluster.intra_host_bandwidth_bytes_per_ms.value,
-            inter_host_bw=cluster.inter_host_bandwidth_bytes_per_ms.value,
+def rank_loads(
+    request: PlanRequest, prepared: Prepared, shards: dict[str, tuple[int, tuple[int, ...]]]
+) -> tuple[RankLoad, ...]:
+    """`shards`: by table its option and the rank of each of the option's shards."""
+    options, num_ranks = prepared.options, request.cluster.num_ranks
+    ms_RS = np.zeros((num_ranks, len(STAGES)))
+    device_RB, host_RB = np.zeros((num_ranks, len(BYTE_KINDS))), np.zeros((num_ranks, len(BYTE_KINDS)))
+    for option, ranks in shards.values():
+        groups = slice(prepared.cutter.group_start[option], prepared.cutter.group_start[option + 1])
+        for table, into in (
+            (options.group_ms, ms_RS),
+            (options.group_device_bytes, device_RB),
+            (options.group_host_bytes, host_RB),
+        ):
+            np.add.at(into, np.array(ranks), np.repeat(table[groups], options.group_num_shards[groups], axis=0))
+    dense = {kind: float(b) for kind, b in dense_bytes(request).items()}
+    on_cpu = request.cluster.device == "cpu"
+    return tuple(
+        RankLoad(
+            device_bytes=dict(zip(BYTE_KINDS, device.tolist(), strict=True)) | dense,
+            host_bytes={} if on_cpu else dict(zip(BYTE_KINDS, host.tolist(), strict=True)),
+            step_ms=dict(zip(STAGES, ms.tolist(), strict=True)),
         )
-    finally:
-        planner_types.setLevel(level)
-
-
-def _constraints(table: str, request: PlanRequest) -> ParameterConstraints:
-    spec, allowed = request.tables[table], request.constraints.get(table)
-    types = list(allowed.types) if allowed else None
-    if types is None and spec.collection == "sequences":
-        types = list(SEQUENCE_SHARDING_TYPES)
-    return ParameterConstraints(
-        sharding_types=types,
-        min_partition=allowed.min_partition if allowed else None,
-        pooling_factors=list(spec.expected_ids_by_feature.values()),
-        feature_names=list(spec.expected_ids_by_feature),
+        for ms, device, host in zip(ms_RS, device_RB, host_RB, strict=True)
     )
 
 
-def _table_plan(option: ShardingOption) -> TablePlan:
-    ranks = tuple(int(shard.rank) for shard in option.shards)
-    if option.sharding_type == "data_parallel":
-        return TablePlan(
-            sharding_type=option.sharding_type, compute_kernel=option.compute_kernel, ranks=ranks, shards=()
+def _churn(request: PlanRequest, cutter: Cutter) -> Churn | None:
+    if request.sharding.keep_close_to is None:
+        return None
+    previous = load_plan(request.sharding.keep_close_to, request)
+    option, places = [], []
+    for table, name in enumerate(cutter.options.table_names):
+        plan = previous.tables[name]
+        found = cutter.find(table, plan)
+        at = None if found is None else cutter.places(cutter.choice(found).scope, plan.ranks)
+        option.append(None if at is None else found)
+        places.append(at or ())
+    return Churn(tuple(option), tuple(places), request.sharding.churn_ms_per_gb / 1e9)
+
+
+def _names(unit: Unit, prepared: Prepared) -> str:
+    names = [prepared.options.table_names[t] for t in unit.tables]
+    return f"table {names[0]}" if len(names) == 1 else f"tables {', '.join(names)}, which must be together,"
+
+
+def _overfull(problem: Problem, found: Found) -> str:
+    if found.placed is None:
+        return (
+            "every start found some table without a place that ranks, hosts, pin and apart in `sharding` leave it; "
+            "that there is none is not proven: allow more ranks, or take a rule out"
         )
-    shards = tuple(
-        Shard(rank=rank, row=shard.offset[0], column=shard.offset[1], num_rows=shard.size[0], num_columns=shard.size[1])
-        for rank, shard in zip(ranks, option.shards, strict=True)
-    )
-    return TablePlan(
-        sharding_type=option.sharding_type, compute_kernel=option.compute_kernel, ranks=ranks, shards=shards
-    )
-
-
-def _rank_loads(options: list[ShardingOption], num_ranks: int) -> tuple[RankLoad, ...]:
-    step_ms = [dict.fromkeys(STAGES, 0.0) for _ in range(num_ranks)]
-    table_bytes = [0] * num_ranks
-    for option in options:
-        for shard in option.shards:
-            table_bytes[shard.rank] += int(shard.storage.hbm + shard.storage.ddr)
-            for stage in STAGES:
-                step_ms[shard.rank][stage] += float(getattr(shard.perf, stage))
-    return tuple(RankLoad(table_bytes=b, step_ms=ms) for b, ms in zip(table_bytes, step_ms, strict=True))
-
-
-def _no_plan(request: PlanRequest, error: PlannerError) -> str:
-    cluster = request.cluster
-    usable = cluster.memory_bytes.value * (1 - request.storage_reserve)
-    weights = sum(
-        t.num_embeddings * t.embedding_dim * (2 if t.data_type == "fp16" else 4) for t in request.tables.values()
-    )
-    reason = " ".join(str(error).split())
     return (
-        f"no sharding plan for {len(request.tables)} tables on {cluster.num_ranks} {cluster.device} ranks: the weights alone take "
-        f"{weights / 1e9:.2f} GB of {cluster.num_ranks * usable / 1e9:.2f} GB that the ranks have after sharding.storage_reserve\n"
-        f"  the planner says: {reason[:600]}\n"
-        "  ways out: more ranks, data_type: fp16, fewer rows, more types in sharding.tables, a smaller min_partition"
+        f"the nearest plan found puts {found.overflow:.1%} of a rank's memory too much on the {problem.num_ranks} ranks together; that "
+        "no other fits is not proven"
+    )
+
+
+def _no_plan(request: PlanRequest, reason: str, proven: bool) -> str:
+    cluster = request.cluster
+    head = "no sharding plan fits" if proven else "no sharding plan was found that fits"
+    tables = "1 table" if len(request.tables) == 1 else f"{len(request.tables)} tables"
+    return (
+        f"{head} for {tables} on {cluster.num_ranks} {cluster.device} ranks: {reason}\n"
+        f"  of {cluster.table_bytes_per_rank / 1e9:,.2f} GB a rank, sharding.storage_reserve ({request.sharding.storage_reserve:g}) keeps "
+        f"{cluster.table_bytes_per_rank * request.sharding.storage_reserve / 1e9:,.2f} GB and the dense arch "
+        f"{sum(dense_bytes(request).values()) / 1e9:,.2f} GB"
     )

@@ -13,20 +13,6 @@ from dlrm_scale.errors import ConfigError
 from dlrm_scale.training.ranks import Rank, make_agree
 
 
-def check_world(config: RunConfig, world_size: int) -> None:
-    """Raises ConfigError if the lanes cannot be shared out evenly."""
-    lanes = config.data.lanes
-    if lanes % world_size:
-        more_lanes = -(-lanes // world_size) * world_size
-        unit = more_lanes * config.train.accumulate_steps
-        batch = max(1, round(config.train.global_batch_size / unit)) * unit
-        fitting = ", ".join(str(n) for n in range(1, lanes + 1) if lanes % n == 0)
-        raise ConfigError(
-            f"data.lanes ({lanes}) must be a multiple of the number of ranks ({world_size}); start {fitting} ranks, "
-            f"or set data.lanes={more_lanes} train.global_batch_size={batch}"
-        )
-
-
 class TrainReader:
     """This rank's micro-batches of every epoch. Making one is collective."""
 

@@ -11,11 +11,11 @@ import torch.distributed as dist
 from rich.console import Console
 
 from dlrm_scale.cluster import this_cluster
-from dlrm_scale.config import RunConfig
+from dlrm_scale.config import RunConfig, check_num_ranks
 from dlrm_scale.config_io import dump_config, fingerprint
 from dlrm_scale.data.open import open_source, preflight
 from dlrm_scale.data.synthetic import SyntheticSource
-from dlrm_scale.errors import ConfigError
+from dlrm_scale.errors import ConfigError, NoPlanError
 from dlrm_scale.models.ranking_model import build_model
 from dlrm_scale.sharding.apply import shard_model
 from dlrm_scale.sharding.plan import Plan, load_plan, plan_request, save_plan
@@ -24,7 +24,7 @@ from dlrm_scale.training.metrics import binary_metrics
 from dlrm_scale.training.monitor import Board, Metrics, peak_memory_bytes
 from dlrm_scale.training.progress import Progress
 from dlrm_scale.training.ranks import Rank, from_first_rank, process_group, this_rank
-from dlrm_scale.training.readers import EvalReader, TrainReader, check_world
+from dlrm_scale.training.readers import EvalReader, TrainReader
 from dlrm_scale.training.report import append_record, print_end, print_start, run_record
 from dlrm_scale.training.trainer import Trainer, TrainResult
 
@@ -44,7 +44,7 @@ def run(config: RunConfig) -> TrainResult:
         UserError: what is wrong with configuration, data, plan or output folder, before training wherever it can be known.
     """
     rank = this_rank(config.device)
-    check_world(config, rank.world_size)
+    check_num_ranks(config, rank.world_size)
     console = Console() if rank.is_first else None
     if console and config.train.precision == "bf16" and rank.device.type == "cpu" and not _cpu_has_bf16():
         console.print(
@@ -75,11 +75,17 @@ def prepare(config: RunConfig, rank: Rank) -> Prepared:
 
 def make_plan(config: RunConfig, rank: Rank) -> Plan:
     """The plan that `sharding.plan` names, or a new one for ranks like this."""
-    request = plan_request(config, this_cluster(rank.world_size, rank.ranks_per_host, rank.device.type))
     model = build_model(config, dense_device=torch.device("meta"))  # also where features that do not suit the arch show
+    cluster = this_cluster(rank.world_size, rank.ranks_per_host, rank.device.type)
+    request = plan_request(config, cluster, model.num_dense_parameters)
     if config.sharding.plan is not None:
         return load_plan(config.sharding.plan, request)
-    return find_plan(model, request, config.train.sparse, config.sharding.search_seconds)
+    try:
+        return find_plan(request, seed=config.seed).plan
+    except NoPlanError as e:
+        raise NoPlanError(
+            f"{e}\n  what would make it fit (fp16, more types, host memory, more hosts): python -m tools.plan_sharding tries it"
+        ) from None
 
 
 def _make_run_dir(config: RunConfig) -> Path:
@@ -157,5 +163,7 @@ def _markdown(plan: Plan) -> str:
     lines = [f"fingerprint {plan.fingerprint}", "", "| table | rows x dim | sharding | ranks |", "|---|---|---|---|"]
     lines += ["| " + " | ".join(row) + " |" for row in plan.summary_rows()]
     lines += ["", "| rank | bytes | predicted ms |", "|---|---|---|"]
-    lines += [f"| {i} | {r.table_bytes:,} | {sum(r.step_ms.values()):.3f} |" for i, r in enumerate(plan.ranks)]
+    lines += [
+        f"| {i} | {r.total_device_bytes:,.0f} | {sum(r.step_ms.values()):.3f} |" for i, r in enumerate(plan.ranks)
+    ]
     return "\n".join(lines)

@@ -1,11 +1,14 @@
 """The same code on one GPU with NCCL: parity with the plain twin, and the main job with what only CUDA has."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from dlrm_scale.cluster import load_cluster
 from tests.support.launch import launch
 from tests.support.twin import BAG_TYPES, case_config, compare, make_plan
 
@@ -54,3 +57,13 @@ def test_the_main_job_trains(tmp_path, overrides):
     assert record["losses"][-1] < record["losses"][0]
     stages = record["stage_ms"]
     assert all(stages[s]["p50"] > 0 for s in ("forward", "backward", "optimizer"))
+
+
+def test_the_cluster_benchmark_measures_the_gpu(tmp_path):
+    out = tmp_path / "mine.yaml"
+    command = [sys.executable, "-m", "tools.benchmark", "cluster", "--device", "cuda", "--nproc", "1", "--seconds", "2"]
+    done = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stderr) == (0, "")
+    cluster = load_cluster(str(out))
+    assert cluster.hbm_gb_per_s.value > cluster.host_memory_gb_per_s.value
+    assert cluster.hbm_gb_per_s.value > cluster.host_link_gb_per_s.value > 1

@@ -13,7 +13,6 @@ from dlrm_scale.data.batch import RecBatch
 from dlrm_scale.data.loader import Reader, agree_alone, batches
 from dlrm_scale.data.open import open_source
 from dlrm_scale.data.order import Order
-from dlrm_scale.models.embeddings import Embeddings
 from dlrm_scale.models.ranking_model import RankingModel, build_model
 from dlrm_scale.sharding.apply import MODULE_PATHS, fill_shard, shard_model
 from dlrm_scale.sharding.plan import Plan, plan_request
@@ -55,10 +54,7 @@ def case_config(bag_type: str, sequence_type: str, sparse: dict, data_type: str 
 
 
 def make_plan(config: RunConfig, world_size: int, ranks_per_host: int, device: str = "cpu") -> Plan:
-    skeleton = torch.nn.Module()
-    skeleton.embeddings = Embeddings(config.features)
-    request = plan_request(config, this_cluster(world_size, ranks_per_host, device))
-    return find_plan(skeleton, request, config.train.sparse, search_seconds=5)
+    return find_plan(plan_request(config, this_cluster(world_size, ranks_per_host, device), 0), num_rounds=100).plan
 
 
 def global_batches(config: RunConfig, world_size: int, rank: int) -> list[RecBatch]:

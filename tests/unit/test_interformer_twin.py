@@ -107,10 +107,10 @@ def sequence(s_Nd: Tensor, x_sum_Cd: Tensor, w: Weights) -> Tensor:
     weight2_Kd = affine(hidden_d, w, "pffn.hyper.heads.1").reshape(PFFN_HIDDEN, D)
     normed_Nd = rms(s_Nd) * w["pffn_norm.weight"]
     inner_NK = rms(functional.gelu(normed_Nd @ weight1_dK + w["pffn.bias1_K"])) * w["pffn.norm1.weight"]
-    s_Nd = s_Nd + rms(inner_NK @ weight2_Kd + w["pffn.bias2_d"]) * w["pffn.norm2.weight"]
+    s_Nd = s_Nd + w["pffn_scale_d"] * rms(inner_NK @ weight2_Kd + w["pffn.bias2_d"]) * w["pffn.norm2.weight"]
     normed_Nd = rms(s_Nd) * w["attention_norm.weight"]
     q_Nd, k_Nd, v_Nd = (normed_Nd @ w["attention.qkv.weight"].T).chunk(3, dim=-1)
-    return s_Nd + attend(q_Nd, k_Nd, v_Nd, rotary=True) @ w["attention.out.weight"].T
+    return s_Nd + w["attention_scale_d"] * (attend(q_Nd, k_Nd, v_Nd, rotary=True) @ w["attention.out.weight"].T)
 
 
 def tokens(w: Weights, batch: RecBatch, sample: int) -> tuple[Tensor, Tensor]:
@@ -175,14 +175,14 @@ def test_logits_equal_the_twin_s_for_every_length_of_history():
 @pytest.mark.parametrize("activation", ["none", "sigmoid"])
 def test_masknet_is_equation_6(activation):
     torch.manual_seed(0)
-    net, events = MaskNet(in_dim=10, dim=D, ratio=0.5, activation=activation), torch.randn(3, 5, 10)
+    net, events = MaskNet(num_fields=3, dim=D, ratio=0.5, activation=activation), torch.randn(3, 5, 3 * D)
     unsettle(net)
     w = dict(net.named_parameters())
     if activation == "none":
         expected = masknet(events, w)
     else:
         expected = affine(events * torch.sigmoid(two_layers(events, w, "mask")), w, "mix")
-    assert w["mask.0.weight"].shape == (5, 10)
+    assert w["mask.0.weight"].shape == (3 * D // 2, 3 * D)
     torch.testing.assert_close(net(events), expected, atol=1e-6, rtol=1e-5)
 
 

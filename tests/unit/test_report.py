@@ -35,14 +35,16 @@ def printed(show, *args) -> list[str]:
 
 def hand_made_plan(num_tables: int) -> Plan:
     """`num_tables` copies of one table: the first on every rank, the others on rank 1."""
-    request = plan_request(tiny_config(), this_cluster(2, 2, "cpu"))
+    request = plan_request(tiny_config(), this_cluster(2, 2, "cpu"), 0)
     names = [f"table_{i:02}" for i in range(num_tables)]
     request = request.model_copy(update={"tables": dict.fromkeys(names, request.tables["user"])})
     everywhere = TablePlan(sharding_type="data_parallel", compute_kernel="dense", ranks=(0, 1), shards=())
     on_one = TablePlan(sharding_type="table_wise", compute_kernel="fused", ranks=(1,), shards=())
     tables = dict.fromkeys(names, on_one) | {names[0]: everywhere}
-    loads = tuple(RankLoad(table_bytes=1, step_ms={"forward": 1.0}) for _ in range(2))
-    return Plan(fingerprint=fingerprint(request), request=request, tables=tables, ranks=loads)
+    loads = tuple(RankLoad(device_bytes={"weights": 1.0}, host_bytes={}, step_ms={"forward": 1.0}) for _ in range(2))
+    return Plan(
+        fingerprint=fingerprint(request), request=request, tables=tables, ranks=loads, score_ms=1.0, bound_ms=1.0
+    )
 
 
 def steps_ms(*totals: float) -> list[dict[str, float]]:

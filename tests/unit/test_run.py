@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from dlrm_scale.data.open import open_source
-from dlrm_scale.errors import ConfigError
+from dlrm_scale.errors import ConfigError, NoPlanError
 from dlrm_scale.training.ranks import Rank
-from dlrm_scale.training.run import oracle_metrics, prepare
-from tests.support.configs import tiny_config
+from dlrm_scale.training.run import make_plan, oracle_metrics, prepare
+from tests.support.configs import TINY, tiny_config
 from tests.unit.test_metrics import pairwise_auc
 
 
@@ -49,3 +49,11 @@ def cpu_rank() -> Rank:
     import torch
 
     return Rank(0, 1, 0, 1, torch.device("cpu"))
+
+
+def test_a_model_that_fits_nowhere_is_sent_to_the_planner(cpu_rank):
+    tables = {name: dict(table) for name, table in TINY["features"]["tables"].items()}
+    tables["user"]["num_embeddings"] = 10**12
+    config = tiny_config(features={"tables": tables})
+    with pytest.raises(NoPlanError, match=r"(?s)no sharding plan fits.*table user.*python -m tools.plan_sharding"):
+        make_plan(config, cpu_rank)

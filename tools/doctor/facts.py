@@ -82,7 +82,7 @@ def gather() -> Facts:
         open_files=_open_files(),
         cores=len(os.sched_getaffinity(0)),
         omp_num_threads=os.environ.get("OMP_NUM_THREADS"),
-        available_bytes=_available_bytes(),
+        available_bytes=available_bytes(),
         bf16_flags=_bf16_flags(),
         commands={command: _where(command) for command in ("torchrun", "torchx")},
     )
@@ -161,7 +161,7 @@ def _open_files() -> int | None:
     return None if soft == resource.RLIM_INFINITY else soft
 
 
-def _available_bytes() -> int:
+def available_bytes() -> int:
     """The kernel's estimate, or what a container's limit leaves, where that is less."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     kib = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))

@@ -1,0 +1,138 @@
+"""What the dense arch costs at a batch size, found by running it on fake tensors: shapes and types, no memory."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedTensor
+
+from dlrm_scale.config import RunConfig
+from dlrm_scale.features import FeatureSchema
+from dlrm_scale.models.inputs import Embedded
+from dlrm_scale.models.ranking_model import DensePart, build_arch
+
+Inputs = tuple[Tensor, KeyedTensor | None, Embedded | None]
+
+
+@dataclass(frozen=True)
+class DenseTrace:
+    """Of one rank's micro-batch.
+
+    Attributes:
+        activation_bytes: of what autograd keeps at the end of the forward pass, each storage once; without parameters, and
+            without the lookups and dense features, which are the inputs.
+        forward_flops, backward_flops: of the products (a multiplication and an addition are two), as `FlopCounterMode` counts.
+    """
+
+    num_parameters: int
+    activation_bytes: int
+    forward_flops: int
+    backward_flops: int
+
+
+def trace_dense(config: RunConfig, local_batch_size: int) -> DenseTrace:
+    """Forward and backward of the dense arch of `config`, with every sequence at its max_length.
+
+    So `activation_bytes` is the largest that a batch can need; shorter sequences save only before they are padded. The fake
+    tensors are on the CPU: of the CPU's fused attention and autocast rules, which keep what those of CUDA keep but for
+    logarithms of sums and casts of small tensors.
+
+    Raises:
+        ConfigError: the features do not suit the arch.
+    """
+    with FakeTensorMode():
+        dense = DensePart(build_arch(config), config.train.precision)
+        inputs = lookups(config.features, local_batch_size)
+        kept = KeptStorages([*dense.parameters(), *input_tensors(inputs)])
+        forward_flops, backward_flops = run_counted(dense, inputs, kept)
+        num_parameters = sum(p.numel() for p in dense.parameters())
+    return DenseTrace(num_parameters, kept.num_bytes, forward_flops, backward_flops)
+
+
+def lookups(schema: FeatureSchema, batch_size: int) -> Inputs:
+    """What `DensePart` takes: dense features, pooled vectors and events, fp32 as FBGEMM gives them; sequences full."""
+    dense_BF = torch.zeros(batch_size, len(schema.dense))
+    pooled = embedded = None
+    if schema.bag_keys:
+        dims = [schema.tables[schema.table_of[key]].embedding_dim for key in schema.bag_keys]
+        pooled = KeyedTensor(list(schema.bag_keys), dims, torch.zeros(batch_size, sum(dims), requires_grad=True))
+    if schema.sequence_keys:
+        lengths = {f.name: s.max_length for s in schema.sequences for f in s.fields}
+        embedded = {
+            key: _full(batch_size, lengths.get(key, 1), schema.tables[schema.table_of[key]].embedding_dim)
+            for key in schema.sequence_keys
+        }
+    return dense_BF, pooled, embedded
+
+
+def _full(batch_size: int, length: int, dim: int) -> JaggedTensor:
+    return JaggedTensor(
+        torch.zeros(batch_size * length, dim, requires_grad=True),
+        lengths=torch.full((batch_size,), length),
+        offsets=torch.arange(batch_size + 1) * length,
+    )
+
+
+def input_tensors(inputs: Inputs) -> list[Tensor]:
+    dense_BF, pooled, embedded = inputs
+    tensors = [dense_BF] if pooled is None else [dense_BF, pooled.values()]
+    for jagged in (embedded or {}).values():
+        tensors += [jagged.values(), jagged.lengths(), jagged.offsets()]
+    return tensors
+
+
+class KeptStorages:
+    """While entered, notes every storage that autograd keeps for the backward pass, but those of `left_out`."""
+
+    def __init__(self, left_out: Iterable[Tensor]) -> None:
+        self.left_out = {tensor.untyped_storage()._cdata for tensor in left_out}
+        self.storages: dict[int, torch.UntypedStorage] = {}  # held, so that no address comes up twice
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor)
+
+    def _keep(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.left_out:
+            self.storages[storage._cdata] = storage
+        return tensor
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(storage.nbytes() for storage in self.storages.values())
+
+    def __enter__(self) -> None:
+        self.hooks.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self.hooks.__exit__(*error)
+
+
+Shape = tuple[int, ...]
+
+
+def _attention_flops(query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+def _attention_backward_flops(grad: Shape, query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:
+    return sdpa_backward_flop_count(grad, query, key, value)
+
+
+_CPU_ATTENTION = {  # the counter itself knows the kernels of CUDA only
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+}
+
+
+def run_counted(dense: DensePart, inputs: Inputs, kept: KeptStorages) -> tuple[int, int]:
+    """Forward under `kept`, then backward from the sum of the logits; the FLOPs of each."""
+    counter = FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
+    with counter:
+        with kept:
+            logits_BT = dense(*inputs)
+        forward_flops = counter.get_total_flops()
+        logits_BT.sum().backward()
+    return forward_flops, counter.get_total_flops() - forward_flops

@@ -1,0 +1,103 @@
+"""Time of one shard in one step, by TorchRec 1.8.0's default estimate.
+
+The formulas are those of `torchrec/distributed/planner/estimator/estimator.py` (the evaluator named in each docstring)
+with `HardwarePerfConfig`'s defaults, `BasicCommsBandwidths` and `constants.kernel_bw_lookup`. Its quirks are kept: a
+row-wise shard costs the same with fewer rows or none, and row-wise shards pay no penalty for narrow rows.
+"""
+
+import numpy as np
+
+from dlrm_scale.cluster import ClusterSpec, bytes_per_ms
+from dlrm_scale.sharding.groups import ID_BYTES, KERNELS, Groups
+
+BATCHED_COPY_FACTOR = 2.455  # the constants are `planner/constants.py`'s, "empirical studies" there
+REPLICA_UPDATE_FACTOR = 9.22
+NARROW_PENALTIES = ((64, 1.75), (128, 1.15))  # (rows of fewer columns than this, factor)
+LEAST_COLUMNS = 32  # narrower rows are read as if they had these
+UVM_SLOWDOWN = 10
+
+
+def shard_ms(groups: Groups, cluster: ClusterSpec) -> dict[str, np.ndarray]:
+    """Stage -> (G,) ms of one shard."""
+    device_bandwidth = _device_bandwidth(groups, cluster)
+    forward = _forward_compute(groups, cluster, device_bandwidth)
+    forward_comms, backward_comms = _comms(groups, cluster, device_bandwidth)
+    return {
+        "fwd_compute": forward,
+        "fwd_comms": forward_comms,
+        "bwd_compute": forward * cluster.cost_coefficients.backward,
+        "bwd_comms": backward_comms,
+        "prefetch_compute": np.zeros_like(forward),  # TorchRec's, without statistics of cache misses
+        "input_dist_comms": np.where(
+            groups.is_type("data_parallel"), 0.0, np.ceil(groups.all_lookups * ID_BYTES) / _world_bandwidth(cluster)
+        ),
+    }
+
+
+def _device_bandwidth(groups: Groups, cluster: ClusterSpec) -> np.ndarray:
+    """(G,) bytes/ms of the memory the kernel reads and writes (`kernel_bw_lookup`)."""
+    if cluster.device == "cpu":
+        host = bytes_per_ms(cluster.host_memory_gb_per_s)
+        return np.where(groups.is_kernel("dense"), 0.5 * host, host)
+    hbm, link = bytes_per_ms(cluster.hbm_gb_per_s), bytes_per_ms(cluster.host_link_gb_per_s)
+    by_kernel = {"dense": 0.5 * hbm, "fused": hbm, "fused_uvm": link / UVM_SLOWDOWN, "fused_uvm_caching": np.nan}
+    cached = groups.cache_load_factor
+    with_cache = (cached * hbm + (1 - cached) * link) / UVM_SLOWDOWN
+    return np.where(
+        groups.is_kernel("fused_uvm_caching"), with_cache, np.array([by_kernel[k] for k in KERNELS])[groups.kernel_code]
+    )
+
+
+def _world_bandwidth(cluster: ClusterSpec) -> float:
+    """bytes/ms of a collective of all ranks (`BasicCommsBandwidths.get_bw`)."""
+    return bytes_per_ms(cluster.intra_host_gb_per_s if cluster.num_hosts == 1 else cluster.inter_host_gb_per_s)
+
+
+def _forward_compute(groups: Groups, cluster: ClusterSpec, device_bandwidth: np.ndarray) -> np.ndarray:
+    """(G,) ms: ids read, rows read, outputs written (`_default_fwd_comp`)."""
+    whole_rows = groups.is_type("table_wise", "column_wise", "table_column_wise")
+    read_columns = np.where(whole_rows, np.maximum(groups.num_columns, LEAST_COLUMNS), groups.num_columns)
+    narrow = np.select(
+        [groups.num_columns < columns for columns, _ in NARROW_PENALTIES], [f for _, f in NARROW_PENALTIES], 1
+    )
+    weights = cluster.cost_coefficients
+    size = (
+        weights.input_read * groups.input_bytes
+        + weights.lookup * (groups.lookups * read_columns * groups.element_bytes)
+        + weights.output_write * groups.output_bytes
+        + weights.hash_size * groups.num_rows
+    )
+    return size * np.where(whole_rows, narrow, 1) / device_bandwidth
+
+
+def _comms(groups: Groups, cluster: ClusterSpec, device_bandwidth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(G,) ms forward and backward.
+
+    `TableWiseEvaluator`: all-to-all of all ranks. `RowWiseEvaluator`: reduce-scatter, backward all-gather and a batched
+    copy. `TableRowWiseEvaluator` (and grid_shard): the same within the host, and an all-to-all between hosts.
+    `DataParallelEvaluator`: nothing forward, the gradient's all-reduce and the update backward.
+    """
+    output_bytes = groups.output_bytes
+    by_host = groups.is_type("table_row_wise", "grid_shard")
+    within_host = output_bytes / bytes_per_ms(cluster.intra_host_gb_per_s)
+    if cluster.num_hosts > 1:
+        between_bytes = groups.outputs_per_rank * cluster.num_hosts * groups.num_columns * groups.element_bytes
+        within_host += between_bytes / bytes_per_ms(cluster.inter_host_gb_per_s)
+    forward = np.where(by_host, within_host, output_bytes / _world_bandwidth(cluster))
+    copied = by_host | groups.is_type("row_wise")
+    backward = forward + np.where(copied, output_bytes * BATCHED_COPY_FACTOR / device_bandwidth, 0)
+    replicated = groups.is_type("data_parallel")
+    return np.where(replicated, 0, forward), np.where(
+        replicated, _replica_ms(groups, cluster, device_bandwidth), backward
+    )
+
+
+def _replica_ms(groups: Groups, cluster: ClusterSpec, device_bandwidth: np.ndarray) -> np.ndarray:
+    """(G,) ms: ring all-reduce of a table's gradient over one NIC a rank, and the optimizer's passes over the table."""
+    table_bytes = groups.num_rows * groups.num_columns * groups.element_bytes
+    hosts = min(cluster.num_hosts, 2)
+    bandwidth = bytes_per_ms(cluster.inter_host_gb_per_s) * cluster.ranks_per_host
+    all_reduce = table_bytes * (2 * hosts - 1) / hosts / bandwidth
+    if cluster.num_hosts > 2:
+        all_reduce *= 2
+    return all_reduce + table_bytes * REPLICA_UPDATE_FACTOR / device_bandwidth

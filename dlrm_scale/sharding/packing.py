@@ -1,0 +1,314 @@
+"""A partial plan that units are put into and taken out of, and what the next one would cost at every place."""
+
+# n choices of one batch  C channels  S balanced quantities  K = C + 2 quantities  R ranks  H hosts  L ranks of a host  P places  W ranks of a block
+from dataclasses import dataclass
+
+import numpy as np
+
+from dlrm_scale.sharding.problem import Choice, Problem, Unit
+
+OVERFLOW_WEIGHT = (
+    100.0  # scores that all of a rank's memory too much is worth: no saving in time may buy bytes that are not there
+)
+NO_PLACE = np.inf
+
+
+@dataclass(frozen=True)
+class Placed:
+    choice: int  # index into the unit's choices
+    places: tuple[int, ...]  # of its blocks
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """A unit's choices of one scope that are cut into equal blocks, so that one product scores them all."""
+
+    choices: np.ndarray  # (n,)
+    demand_nKW: np.ndarray
+    count_n: np.ndarray
+    churn_nP: np.ndarray | None  # ms of each block
+
+
+class Packing:
+    """The smooth score is the sum over channels of the p-norm over ranks of their milliseconds, in units of `scale_ms`, plus the
+    bytes that do not fit: unlike the maximum, it also falls when a rank that is not the busiest gets less.
+
+    `power` is 2 ** doublings; the larger, the nearer to the maximum. With `balance_bytes` the norm of the ranks' device memory, in
+    units of capacity, counts too, so that where memory is short what is left of it stays together.
+    """
+
+    def __init__(self, problem: Problem, scale_ms: float, doublings: int, balance_bytes: bool = False) -> None:
+        self.problem, self.scale_ms = problem, scale_ms
+        self.num_rows = problem.num_channels + balance_bytes  # of the quantities, those that the smooth score balances
+        units = [scale_ms] * problem.num_channels + [max(float(problem.capacity[0]), 1.0)]
+        self.unit_S = np.array(units[: self.num_rows])
+        self.weight_S = np.ones(self.num_rows)
+        self.placed: list[Placed | None] = [None] * len(problem.units)
+        self.on_rank: list[set[int]] = [set() for _ in range(problem.num_ranks)]
+        self.use_KR = np.zeros((problem.num_channels + 2, problem.num_ranks))
+        self.churn_ms = 0.0
+        self._batches: dict[int, list[_Batch]] = {}
+        self._odd: dict[int, list[int]] = {}
+        self.sharpen(doublings)
+
+    def weigh_bytes(self, weight: float) -> None:
+        """Of the norm of memory beside that of milliseconds, where `balance_bytes` has one."""
+        self.weight_S[self.problem.num_channels :] = weight
+
+    def sharpen(self, doublings: int) -> None:
+        self.doublings, self.power = doublings, 2**doublings
+        self._refresh(np.arange(self.problem.num_ranks))
+
+    # ---------------------------------------------------------------- scores
+    @property
+    def score_ms(self) -> float:
+        """The true score: the sum over channels of the largest rank's milliseconds, and the churn."""
+        return float(self.use_KR[: self.problem.num_channels].max(axis=1).sum()) + self.churn_ms
+
+    @property
+    def overflow(self) -> float:
+        """Bytes over capacity, as a part of a rank's, summed over ranks and tiers; 0 when all fits."""
+        return float(self.over_R.sum())
+
+    @property
+    def smooth(self) -> float:
+        return self._smooth(self._powers_SR.sum(axis=1), self.overflow, self.churn_ms)
+
+    def _smooth(self, sums_S: np.ndarray, overflow: float, churn_ms: float) -> float:
+        return float(self.weight_S @ sums_S ** (1 / self.power) + OVERFLOW_WEIGHT * overflow + churn_ms / self.scale_ms)
+
+    def _raise(self, use: np.ndarray, axis: int = 0) -> np.ndarray:
+        shape = [1] * use.ndim
+        shape[axis] = -1
+        out = np.minimum(use / self.unit_S.reshape(shape), 1e4)
+        for _ in range(self.doublings):
+            out *= out
+        return out
+
+    def _over(self, bytes_tier_first: np.ndarray) -> np.ndarray:
+        """Overflow of (..., 2, X) bytes: (..., X)."""
+        capacity = self.problem.capacity[:, None]
+        room = np.maximum(capacity, 1.0)
+        return (np.maximum(bytes_tier_first - capacity, 0) / room).sum(axis=-2)
+
+    def _refresh(self, ranks: np.ndarray) -> None:
+        C, S = self.problem.num_channels, self.num_rows
+        if len(ranks) == self.problem.num_ranks:
+            self._powers_SR = self._raise(self.use_KR[:S])
+            self.over_R = self._over(self.use_KR[C:])
+        else:
+            self._powers_SR[:, ranks] = self._raise(self.use_KR[:S, ranks])
+            self.over_R[ranks] = self._over(self.use_KR[C:, ranks])
+
+    # ---------------------------------------------------------------- changes
+    def put(self, unit: int, placed: Placed) -> None:
+        self._change(unit, placed, 1)
+        self.placed[unit] = placed
+
+    def take(self, unit: int) -> Placed:
+        placed = self.placed[unit]
+        self._change(unit, placed, -1)
+        self.placed[unit] = None
+        return placed
+
+    def _change(self, unit: int, placed: Placed, sign: int) -> None:
+        choice = self.problem.units[unit].choices[placed.choice]
+        touched = set()
+        for block, place in zip(_each_block(choice), placed.places, strict=True):
+            ranks = self._ranks_of(choice, place)
+            self.use_KR[:, ranks] += sign * block
+            touched.update(ranks.tolist())
+        for rank in touched:
+            (self.on_rank[rank].add if sign > 0 else self.on_rank[rank].discard)(unit)
+        self._refresh(np.array(sorted(touched)))
+        if self.problem.churn is not None:
+            self.churn_ms += sign * self._churn(unit, placed)
+
+    def _ranks_of(self, choice: Choice, place: int) -> np.ndarray:
+        width = {"rank": 1, "host": self.problem.ranks_per_host, "all": self.problem.num_ranks}[choice.scope]
+        return np.arange(place * width, (place + 1) * width)
+
+    def save(self) -> tuple:
+        return self.use_KR.copy(), self._powers_SR.copy(), self.over_R.copy(), self.churn_ms
+
+    def restore(self, saved: tuple, before: dict[int, Placed]) -> None:
+        """Back to `save`d: `before` holds what the units that changed since then were."""
+        for unit in before:
+            for ranks in self._near(unit):
+                ranks.discard(unit)
+        self.use_KR, self._powers_SR, self.over_R, self.churn_ms = saved
+        for unit, placed in before.items():
+            self.placed[unit] = placed
+            choice = self.problem.units[unit].choices[placed.choice]
+            for place in placed.places:
+                for rank in self._ranks_of(choice, place):
+                    self.on_rank[rank].add(unit)
+
+    def become(self, placed: list[Placed]) -> None:
+        """Changes whatever differs from `placed`."""
+        different = [u for u, now in enumerate(self.placed) if now != placed[u]]
+        for unit in different:
+            self.take(unit)
+        for unit in different:
+            self.put(unit, placed[unit])
+
+    def _near(self, unit: int) -> list[set[int]]:
+        placed = self.placed[unit]
+        if placed is None:
+            return []
+        choice = self.problem.units[unit].choices[placed.choice]
+        return [self.on_rank[rank] for place in placed.places for rank in self._ranks_of(choice, place)]
+
+    # ---------------------------------------------------------------- what a unit would cost
+    def best(self, unit: int) -> tuple[float, Placed] | None:
+        """The smooth score with the unit added where it is least, over all choices and places; None: no place is allowed."""
+        if unit not in self._batches:
+            self._batches[unit], self._odd[unit] = self._sort_choices(self.problem.units[unit])
+        found = [self._best_of_batch(unit, batch) for batch in self._batches[unit]]
+        found += [self.best_place(unit, choice) for choice in self._odd[unit]]
+        return min((f for f in found if f is not None), key=lambda f: f[0], default=None)
+
+    def _sort_choices(self, unit: Unit) -> tuple[list[_Batch], list[int]]:
+        odd, even = [], {"rank": [], "host": [], "all": []}
+        for index, choice in enumerate(unit.choices):
+            num_places = {"rank": unit.allowed_R.sum(), "host": self.problem.hosts_of(unit.allowed_R).sum(), "all": 1}[
+                choice.scope
+            ]
+            plain = len(choice.blocks) == 1 and not choice.one_host and choice.places is None
+            (even[choice.scope] if plain and choice.num_blocks <= num_places else odd).append(index)
+        odd += even.pop("all")
+        batches = []
+        for indices in filter(None, even.values()):
+            chosen = [unit.choices[i] for i in indices]
+            demand_nKW = np.stack([c.blocks[0].demand_KW() for c in chosen])
+            count_n = np.array([c.num_blocks for c in chosen])
+            batches.append(_Batch(np.array(indices), demand_nKW, count_n, self._churn_by_place(unit, chosen)))
+        return batches, odd
+
+    def _best_of_batch(self, unit: int, batch: _Batch) -> tuple[float, Placed] | None:
+        """One unit of work for all choices x places: the added powers are additive over the ranks of distinct blocks."""
+        C, S, W = self.problem.num_channels, self.num_rows, batch.demand_nKW.shape[2]
+        use_KPW = self.use_KR.reshape(C + 2, -1, W)
+        after_nKPW = use_KPW + batch.demand_nKW[:, :, None, :]
+        added_nSP = (self._raise(after_nKPW[:, :S], axis=1) - self._powers_SR.reshape(S, -1, W)).sum(axis=3)
+        after_bytes = after_nKPW[:, C:].reshape(len(batch.choices), 2, -1)
+        over_nP = (self._over(after_bytes) - self.over_R).reshape(len(batch.choices), -1, W).sum(axis=2)
+        sums_S = self._powers_SR.sum(axis=1)
+        slope_S = self.weight_S * np.maximum(sums_S, 1e-9) ** (1 / self.power - 1) / self.power
+        cost_nP = np.einsum("nsp,s->np", added_nSP, slope_S) + OVERFLOW_WEIGHT * over_nP
+        if batch.churn_nP is not None:
+            cost_nP += batch.churn_nP / self.scale_ms
+        cost_nP[:, ~self._open_places(unit, W)] = NO_PLACE
+        overflow, best = self.overflow, None
+        for i, count in enumerate(batch.count_n):
+            if count == 1:
+                places = cost_nP[i].argmin(keepdims=True)
+            else:
+                places = np.sort(np.argpartition(cost_nP[i], count - 1)[:count])
+            if cost_nP[i, places].max() == NO_PLACE:
+                continue
+            churn_ms = 0.0 if batch.churn_nP is None else float(batch.churn_nP[i, places].sum())
+            sums = sums_S + added_nSP[i][:, places].sum(axis=1)
+            score = self._smooth(sums, overflow + float(over_nP[i, places].sum()), self.churn_ms + churn_ms)
+            if best is None or score < best[0]:
+                best = (score, Placed(int(batch.choices[i]), tuple(places.tolist())))
+        return best
+
+    def best_place(self, unit: int, choice_index: int) -> tuple[float, Placed] | None:
+        """Of one choice of any kind: its blocks one after the other, each where the smooth score is least."""
+        C, S, problem = self.problem.num_channels, self.num_rows, self.problem
+        choice = problem.units[unit].choices[choice_index]
+        use_KR, places = self.use_KR.copy(), []
+        width = len(self._ranks_of(choice, 0))
+        open_P = self._open_places(unit, width)
+        for i, block_KW in enumerate(_each_block(choice)):
+            after_KPW = use_KR.reshape(C + 2, -1, width) + block_KW[:, None, :]
+            before = self._raise(use_KR[:S]).reshape(S, -1, width).sum(axis=2)
+            added_SP = self._raise(after_KPW[:S]).sum(axis=2) - before
+            over_P = (self._over(after_KPW[C:].reshape(2, -1)) - self._over(use_KR[C:])).reshape(-1, width).sum(axis=1)
+            sums_S = before.sum(axis=1)
+            slope_S = self.weight_S * np.maximum(sums_S, 1e-9) ** (1 / self.power - 1) / self.power
+            cost_P = (
+                slope_S @ added_SP + OVERFLOW_WEIGHT * over_P + self._churn_of_block(unit, choice, i) / self.scale_ms
+            )
+            allowed_P = self._allowed_now(choice, i, places, open_P)
+            if not allowed_P.any():
+                return None
+            place = int(np.where(allowed_P, cost_P, NO_PLACE).argmin())
+            use_KR.reshape(C + 2, -1, width)[:, place] = after_KPW[:, place]
+            places.append(place)
+        placed = Placed(choice_index, tuple(places))
+        sums_S, overflow = self._raise(use_KR[:S]).sum(axis=1), float(self._over(use_KR[C:]).sum())
+        return self._smooth(sums_S, overflow, self.churn_ms + self._churn(unit, placed)), placed
+
+    def random_place(self, unit: int, choice_index: int, rng: np.random.Generator) -> Placed | None:
+        """Of one choice: its blocks one after the other, each at any place that rules allow, on places of their own while
+        there are any; None: a block has no place."""
+        choice = self.problem.units[unit].choices[choice_index]
+        open_P, places = self._open_places(unit, len(self._ranks_of(choice, 0))), []
+        for block in range(choice.num_blocks):
+            allowed = np.flatnonzero(self._allowed_now(choice, block, places, open_P))
+            fresh = allowed if choice.places is not None else np.setdiff1d(allowed, places)
+            if not len(allowed):
+                return None
+            places.append(int(rng.choice(fresh if len(fresh) else allowed)))
+        return Placed(choice_index, tuple(places))
+
+    def _allowed_now(self, choice: Choice, block: int, places: list[int], open_P: np.ndarray) -> np.ndarray:
+        if choice.places is not None:
+            pinned = np.zeros_like(open_P)
+            pinned[choice.places[block]] = True
+            return pinned & open_P
+        allowed_P = open_P
+        if choice.one_host:
+            host_of = np.arange(self.problem.num_ranks) // self.problem.ranks_per_host
+            if places:
+                allowed_P = allowed_P & (host_of == host_of[places[0]])
+        if (
+            choice.scope == "host" and places
+        ):  # the column blocks of a grid lie on hosts of their own while there are any
+            fresh_P = allowed_P.copy()
+            fresh_P[places] = False
+            allowed_P = fresh_P if fresh_P.any() else allowed_P
+        return allowed_P
+
+    def _open_places(self, unit: int, width: int) -> np.ndarray:
+        """(P,) bool: places all of whose ranks the unit's rules, and the units it must be apart from, leave it."""
+        this = self.problem.units[unit]
+        allowed_R = this.allowed_R
+        if this.apart_from:
+            taken = [r for r in range(self.problem.num_ranks) if not self.on_rank[r].isdisjoint(this.apart_from)]
+            allowed_R = allowed_R.copy()
+            allowed_R[taken] = False
+        return allowed_R if width == 1 else allowed_R.reshape(-1, width).all(axis=1)
+
+    # ---------------------------------------------------------------- churn
+    def _churn(self, unit: int, placed: Placed) -> float:
+        if self.problem.churn is None:
+            return 0.0
+        choice = self.problem.units[unit].choices[placed.choice]
+        return sum(float(self._churn_of_block(unit, choice, i)[place]) for i, place in enumerate(placed.places))
+
+    def _churn_of_block(self, unit: int, choice: Choice, block: int) -> np.ndarray:
+        """(P,) ms of the choice's `block`-th block by place: its bytes, unless the previous plan has one like it there."""
+        num_places = self.problem.num_ranks // len(self._ranks_of(choice, 0))
+        churn = self.problem.churn
+        if churn is None:
+            return np.zeros(num_places)
+        block_bytes = float(list(_each_block(choice))[block][self.problem.num_channels :].sum())
+        ms_P = np.full(num_places, block_bytes * churn.ms_per_byte)
+        tables = self.problem.units[unit].tables
+        if all(churn.option[t] == o for t, o in zip(tables, choice.options, strict=True)):
+            ms_P[list(churn.places[tables[0]])] = 0.0
+        return ms_P
+
+    def _churn_by_place(self, unit: Unit, choices: list[Choice]) -> np.ndarray | None:
+        if self.problem.churn is None:
+            return None
+        index = next(i for i, other in enumerate(self.problem.units) if other is unit)
+        return np.stack([self._churn_of_block(index, choice, 0) for choice in choices])
+
+
+def _each_block(choice: Choice) -> list[np.ndarray]:
+    """(K, W) of each block, in the order of their place in the table."""
+    return [demand for blocks in choice.blocks for demand in [blocks.demand_KW()] * blocks.count]

@@ -1,0 +1,305 @@
+"""Anytime search for the plan of least score: many quick starts, then large-neighbourhood search from the best of them.
+
+A start fixes a choice for every unit and packs them, largest first, each where the smooth score is least (longest processing
+time first). The choices come from targets (nothing larger than T on one rank, at the prices that the bound puts on memory), from
+the three rules that TorchRec's greedy and uniform proposers begin with, and from leaving all choices open. Then units are taken
+out, half of them from the busiest rank, and put back at their best, as long as there are rounds and time. The result depends on
+the seed and the rounds alone, unless time cuts the search short, which it says.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from itertools import chain
+
+import numpy as np
+
+from dlrm_scale.sharding.bound import Bound, ChoiceTotals, best_mean, cheapest_choices
+from dlrm_scale.sharding.packing import Packing, Placed
+from dlrm_scale.sharding.problem import Problem, Unit
+
+TARGETS = (1.0, 1.03, 1.08, 1.15, 1.3, 1.6, 2.0, 3.0)  # times the bound
+DESCENT_PLACEMENTS = 6000  # of units, in all plans of one of TorchRec's descents
+MORE_WHILE_TOO_FULL = 8  # times the rounds, as long as nothing fits
+BYTES_WEIGHT = 0.03  # of balanced memory, once a plan fits
+SHORT_OF_MEMORY = 0.7  # part of all ranks' memory, taken by the cheapest choices, from which on packing it needs care
+MEMORY_PARTS = (0.98, 0.95, 0.9)
+COMMON_PARTS = (0.0, 0.25, 0.5, 0.75)
+MOST_LEGS = 6  # starts to improve; few for many units, whose rounds take longer and whose starts are nearer
+CLOSE_ENOUGH = 1e-3  # a gap not worth searching on
+MOST_SLACK = 0.02  # how much worse than the best a plan may be to go on from, at first
+JUDGE_DOUBLINGS = 4  # plans are compared by the 16-norm
+INSERT_DOUBLINGS = (1, 7)  # and units put back by one drawn anew each round: from nearly the mean to nearly the maximum
+REMOVED = 0.35  # of the geometric distribution of how many units a round takes out, after the first
+NUM_RETURNS = 8  # times that a descent goes back to its best plan
+FORCED_FIRST, FORCED = 0.5, 0.05  # part of the units put back, first and later, whose choice is drawn
+FITS = 1e-12  # overflow below this is rounding
+
+
+@dataclass
+class Found:
+    """The best plan so far: `placed` by unit, and how it came about."""
+
+    placed: tuple[Placed, ...] | None = None
+    score_ms: float = math.inf
+    overflow: float = math.inf
+    from_start: str = ""
+    num_rounds: int = 0
+    cut_short: bool = False
+    seconds_to_best: float = 0.0
+    history: list[tuple[float, float]] = field(default_factory=list)  # (seconds, score) at each gain
+
+    @property
+    def fits(self) -> bool:
+        return self.overflow <= FITS
+
+    def is_better(self, overflow: float, score_ms: float) -> bool:
+        overflow = 0.0 if overflow <= FITS else overflow
+        return (overflow, score_ms) < (0.0 if self.fits else self.overflow, self.score_ms * (1 - 1e-12))
+
+
+class Search:
+    """`progress(part done, found)` is called between rounds."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        totals: ChoiceTotals,
+        bound: Bound,
+        seed: int,
+        seconds: float,
+        progress: Callable[[float, Found], None] | None = None,
+    ) -> None:
+        self.problem, self.totals, self.bound = problem, totals, bound
+        self.rng = np.random.default_rng(seed)
+        self.started = time.monotonic()
+        self.deadline = self.started + seconds
+        self.progress = progress
+        self.found = Found()
+        self._fits_N = (totals.worst_bytes_N2 <= problem.capacity).all(axis=1)
+        self._cheapest_U = cheapest_choices(totals, self._fits_N, np.zeros(3))
+        self._freedom_U = np.array([self._freedom(unit) for unit in problem.units])
+        wanted_bytes = float(totals.bytes_N2[self._cheapest_U, 0].sum())
+        self._is_short_of_memory = wanted_bytes > SHORT_OF_MEMORY * problem.capacity[0] * problem.num_ranks
+
+    def run(self, num_rounds: int) -> Found:
+        packings = []
+        for name, chosen in self._starts():
+            packing = self._pack(chosen)
+            if packing is None:
+                continue
+            self._note(packing, name)
+            packings.append((packing.score_ms + packing.overflow * self._scale(), len(packings), name, packing))
+            if self._over():
+                break
+        if not packings:
+            return self.found
+        # What does not fit by little may still be the better start; but the one that comes nearest to fitting is tried too.
+        packings.sort(key=lambda entry: entry[:2])
+        legs = packings[: int(np.clip(200 // len(self.problem.units), 1, MOST_LEGS))]
+        nearest = min(packings, key=lambda entry: (entry[-1].overflow, entry[:2]))
+        if not self.found.fits and nearest not in legs:
+            legs = [nearest, *legs[: MOST_LEGS - 1]]
+        for i, (*_, name, packing) in enumerate(legs):
+            if self._over():
+                break
+            self._improve(packing, name, num_rounds // len(legs), i * (num_rounds // len(legs)), num_rounds)
+        for _ in range(MORE_WHILE_TOO_FULL):
+            if self.found.fits or self._over():
+                break
+            self._improve(nearest[-1], nearest[-2], num_rounds, num_rounds, num_rounds)
+        return self.found
+
+    def _over(self) -> bool:
+        if self.found.fits and self.found.score_ms <= self.bound.ms * (1 + CLOSE_ENOUGH):
+            return True
+        if time.monotonic() > self.deadline:
+            self.found.cut_short = True
+            return True
+        return False
+
+    def _note(self, packing: Packing, name: str) -> None:
+        overflow, score_ms = packing.overflow, packing.score_ms
+        if self.found.is_better(overflow, score_ms):
+            found = self.found
+            found.placed, found.score_ms, found.from_start = tuple(packing.placed), score_ms, name
+            found.overflow = overflow
+            found.seconds_to_best = time.monotonic() - self.started
+            found.history.append((found.seconds_to_best, score_ms))
+
+    # ---------------------------------------------------------------- starts
+    def _starts(self) -> Iterator[tuple[str, np.ndarray | None]]:
+        """(name, (U,) choice of each unit, or None to leave all open), each only once."""
+        seen: set[bytes] = set()
+        for name, chosen in chain(self._priced(), self._uniform(), self._descents()):
+            if (key := chosen.tobytes()) not in seen:
+                seen.add(key)
+                yield name, chosen - self.totals.start_U
+        yield "all open", None
+
+    def _priced(self) -> Iterator[tuple[str, np.ndarray]]:
+        """The cheapest choices under targets, at the prices of the bound, of less memory and of less common load."""
+        totals = self.totals
+        on_target = (
+            (f"target x{t:g}", self._fits_N & (totals.worst_ms_N <= t * self.bound.ms), self.bound.price_3)
+            for t in TARGETS
+        )
+        for name, allowed_N, price_3 in chain(on_target, self._less_memory(), self._common_loads()):
+            yield name, cheapest_choices(totals, allowed_N, price_3)
+
+    def _less_memory(self) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+        """As if ranks had less memory, so that blocks still fit when what is left of it is scattered."""
+        for part in MEMORY_PARTS if self._is_short_of_memory else ():
+            smaller = replace(self.problem, capacity=self.problem.capacity * part)
+            for target in (*TARGETS, math.inf):
+                allowed_N = self._fits_N & (self.totals.worst_ms_N <= target * self.bound.ms)
+                value, price_3 = best_mean(smaller, self.totals, allowed_N)
+                if value < math.inf:
+                    yield f"target x{target:g}, memory x{part:g}", allowed_N, price_3
+
+    def _common_loads(self) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+        """Less than the cheapest load on all ranks, so that what is large on one rank has room beside it."""
+        totals = self.totals
+        common_ms = float(totals.common_ms_N[self._cheapest_U].sum())
+        for part in COMMON_PARTS if common_ms > CLOSE_ENOUGH * self.bound.ms else ():
+            for target in TARGETS[:3]:
+                room_ms = target * self.bound.ms - part * common_ms
+                allowed_N = self._fits_N & ((totals.worst_ms_N <= room_ms) | (totals.common_ms_N > 0))
+                value, price_3 = best_mean(self.problem, totals, allowed_N, common_ms=max(part * common_ms, 1e-9))
+                if value < math.inf:
+                    yield f"target x{target:g}, common load x{part:g}", allowed_N, price_3
+
+    def _uniform(self) -> Iterator[tuple[str, np.ndarray]]:
+        """By the sum, and by the largest shard, over all scopes and over each scope that every unit has (TorchRec's uniform proposer
+        goes by sharding type, of which some cost the same)."""
+        totals = self.totals
+        scope_N = np.array([choice.scope for unit in self.problem.units for choice in unit.choices])
+        for name, judged in (("sum", totals), ("depth", replace(totals, ms_N=totals.worst_ms_N))):
+            yield f"least {name}", cheapest_choices(judged, self._fits_N, np.zeros(3))
+            for scope in ("rank", "host", "all"):
+                allowed_N = self._fits_N & (scope_N == scope)
+                if np.logical_or.reduceat(allowed_N, totals.start_U).all():
+                    yield f"least {name}, {scope}", cheapest_choices(judged, allowed_N, np.zeros(3))
+
+    def _descents(self) -> Iterator[tuple[str, np.ndarray]]:
+        """What TorchRec's greedy proposers propose: each table's best option, by sum or by largest shard, and then again and again
+        the table with the largest shard in memory moves on to its next best. As many as are quick."""
+        totals = self.totals
+        num_units = len(totals.start_U)
+        stop_U = np.append(totals.start_U[1:], len(totals.ms_N))
+        for name, score_N in (("sum", totals.ms_N), ("depth", totals.worst_ms_N)):
+            order_N = np.lexsort((score_N, ~self._fits_N, np.repeat(np.arange(num_units), stop_U - totals.start_U)))
+            at_U = totals.start_U.copy()
+            for step in range(DESCENT_PLACEMENTS // num_units):
+                yield f"greedy by {name}, step {step}", order_N[at_U]
+                rank_bytes_U = np.where(at_U + 1 < stop_U, totals.worst_bytes_N2[order_N[at_U], 0], -1.0)
+                if rank_bytes_U.max() < 0:
+                    break
+                at_U[rank_bytes_U.argmax()] += 1
+
+    def _pack(self, chosen_U: np.ndarray | None) -> Packing | None:
+        """None: some unit found no place that its rules allow."""
+        problem, totals = self.problem, self.totals
+        packing = Packing(problem, self._scale(), 4, balance_bytes=self._is_short_of_memory)
+        if chosen_U is None:
+            at_N = cheapest_choices(totals, np.ones(len(totals.ms_N), dtype=bool), self.bound.price_3)
+        else:
+            at_N = totals.start_U + chosen_U
+        room = np.maximum(problem.capacity, 1.0)
+        size_U = np.maximum(totals.worst_ms_N[at_N] / self._scale(), (totals.worst_bytes_N2[at_N] / room).max(axis=1))
+        on_all_U = np.array(
+            [u.choices[c].scope == "all" for u, c in zip(problem.units, at_N - totals.start_U, strict=True)]
+        )
+        for unit in np.lexsort((-size_U, ~on_all_U, self._freedom_U)).tolist():
+            fit = packing.best(unit) if chosen_U is None else packing.best_place(unit, int(chosen_U[unit]))
+            if fit is None:
+                return None
+            packing.put(unit, fit[1])
+        return packing
+
+    def _freedom(self, unit: Unit) -> int:
+        """Ranks that its rules leave a unit: those with the fewest are placed first. All of them: as many as there are units."""
+        if all(choice.places is not None for choice in unit.choices):
+            return 0
+        ruled = not unit.allowed_R.all() or unit.apart_from
+        return int(unit.allowed_R.sum()) if ruled else self.problem.num_ranks + 1
+
+    def _scale(self) -> float:
+        return self.bound.ms if self.bound.ms > 0 else 1.0
+
+    # ---------------------------------------------------------------- improvement
+    def _improve(self, packing: Packing, name: str, num_rounds: int, done: int, of: int) -> None:
+        """Record-to-record travel: a plan is gone on from while it is not far above the best of this start, less and less far."""
+        packing.weigh_bytes(1.0 if packing.overflow > FITS else BYTES_WEIGHT)
+        packing.sharpen(JUDGE_DOUBLINGS)
+        least, least_placed = packing.smooth, list(packing.placed)
+        at_least = True
+        for round_ in range(num_rounds):
+            if self._over():
+                return
+            slack = MOST_SLACK * (1 - round_ / num_rounds) ** 2
+            if round_ % (num_rounds // NUM_RETURNS + 1) == 0 and not at_least:
+                packing.become(least_placed)
+                at_least = True
+            units = self._neighbourhood(packing)
+            saved, before = packing.save(), {unit: packing.placed[unit] for unit in units}
+            for unit in units:
+                packing.take(unit)
+            packing.sharpen(int(self.rng.integers(*INSERT_DOUBLINGS)))
+            placed = self._put_back(packing, units)
+            packing.sharpen(JUDGE_DOUBLINGS)
+            smooth = packing.smooth
+            if placed and smooth <= least * (1 + slack):
+                at_least = smooth <= least
+                if smooth < least:
+                    least, least_placed = smooth, list(packing.placed)
+                self._note(packing, name)
+            else:
+                packing.restore(saved, before)
+            self.found.num_rounds += 1
+            if self.progress is not None and round_ % 16 == 0:
+                self.progress((done + round_) / of, self.found)
+
+    def _neighbourhood(self, packing: Packing) -> list[int]:
+        """Units to take out: about half from a busy rank (or one that holds too much), the others from anywhere."""
+        C, rng = self.problem.num_channels, self.rng
+        num = min(len(self.problem.units), 1 + int(rng.geometric(REMOVED)))
+        too_full = packing.overflow > FITS
+        if too_full:
+            pressed, idle = int(packing.over_R.argmax()), int(packing.use_KR[C].argmin())
+        else:
+            channel_ms = np.maximum(packing.use_KR[:C].max(axis=1), 0)  # what was taken out again leaves rounding
+            channel = int(rng.choice(C, p=channel_ms / channel_ms.sum())) if C > 1 else 0
+            pressed, idle = int(packing.use_KR[channel].argmax()), int(packing.use_KR[:C].sum(axis=0).argmin())
+        taken_N = self.totals.worst_bytes_N2[:, 0] if too_full else self.totals.worst_ms_N
+        picked = set(self._drawn(packing, pressed, (num + 1) // 2, taken_N))
+        if rng.random() < 0.5:
+            picked |= set(self._drawn(packing, idle, num // 2, taken_N))
+        while len(picked) < num:
+            picked.add(int(rng.integers(len(self.problem.units))))
+        return sorted(picked)
+
+    def _drawn(self, packing: Packing, rank: int, count: int, taken_N: np.ndarray) -> list[int]:
+        """Units on a rank, each as likely as its share of what `taken_N` counts."""
+        there = np.array(sorted(packing.on_rank[rank]), dtype=int)
+        if len(there) <= count:
+            return there.tolist()
+        weight = taken_N[self.totals.start_U[there] + [packing.placed[u].choice for u in there]]
+        weight = weight + 1e-9 * (weight.max() + 1e-30)
+        return self.rng.choice(there, size=count, replace=False, p=weight / weight.sum()).tolist()
+
+    def _put_back(self, packing: Packing, units: list[int]) -> bool:
+        """Largest first, roughly; some in a choice that greed would not take. False: one took the last place of another."""
+        size = self.totals.ms_N[self.totals.start_U[units]] * np.exp(self.rng.normal(scale=0.7, size=len(units)))
+        order = [units[i] for i in np.argsort(-size)]
+        for unit in order:
+            if self.rng.random() < (FORCED_FIRST if unit == order[0] else FORCED):
+                fit = packing.best_place(unit, int(self.rng.integers(len(self.problem.units[unit].choices))))
+                fit = fit or packing.best(unit)
+            else:
+                fit = packing.best(unit)
+            if fit is None:
+                return False
+            packing.put(unit, fit[1])
+        return True

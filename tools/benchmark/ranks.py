@@ -1,0 +1,112 @@
+"""Runs a function on ranks of this machine, each a process of its own; says which of them died, and never waits for ever."""
+
+import multiprocessing
+import os
+import signal
+import socket
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+from dlrm_scale.errors import PeerError, UserError
+from dlrm_scale.training.main import quiet_libraries
+
+SILENCE_SECONDS = 120.0  # loading the libraries takes up to 20 on a busy machine, a call of a benchmark less
+SETTLE_SECONDS = 2.0  # in which the others notice that one is gone
+
+
+def run_on_ranks(
+    work: Callable[..., Any],
+    arguments: tuple,
+    num_ranks: int,
+    ranks_per_host: int,
+    told: Callable[[Any], Any] = lambda message: None,
+) -> list[Any]:
+    """`work(tell, *arguments)` on every rank at once, with torchrun's environment variables; what it returns, by rank.
+
+    `work` must be importable. What a rank says with `tell` reaches `told` here; one of them must speak every now and then.
+
+    Raises:
+        PeerError: a rank was killed, or all were silent for SILENCE_SECONDS.
+        UserError: as a rank raised it.
+        RuntimeError: another exception on a rank, with its traceback.
+    """
+    context = multiprocessing.get_context("spawn")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    pipes: dict[Connection, int] = {}
+    processes: list[BaseProcess] = []
+    try:
+        for index in range(num_ranks):
+            ours, theirs = context.Pipe(duplex=False)
+            environment = {
+                "RANK": index,
+                "WORLD_SIZE": num_ranks,
+                "LOCAL_RANK": index,  # they may pretend to be several hosts, but share this one's GPUs
+                "LOCAL_WORLD_SIZE": ranks_per_host,
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+            }
+            process = context.Process(target=_serve, args=(theirs, environment, work, arguments), daemon=True)
+            process.start()
+            theirs.close()
+            pipes[ours] = index
+            processes.append(process)
+        return _results(pipes, processes, told)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def _results(pipes: dict[Connection, int], processes: list[BaseProcess], told: Callable[[Any], Any]) -> list[Any]:
+    results: list[Any] = [None] * len(processes)
+    while pipes:
+        ready = wait(list(pipes), SILENCE_SECONDS)
+        if not ready:
+            raise PeerError(
+                f"the {len(processes)} ranks gave no sign for {SILENCE_SECONDS:.0f} s and were ended; "
+                "take fewer, or see whether gloo works here: python -m tools.doctor"
+            )
+        for pipe in ready:
+            index = pipes[pipe]
+            try:
+                kind, value = pipe.recv()
+            except EOFError:
+                kind, value = "failed", "it ended without a word"
+            if kind == "told":
+                told(value)
+            elif kind == "done":
+                results[index] = value
+                del pipes[pipe]
+            else:
+                raise _failure(processes, index, value)
+    return results
+
+
+def _failure(processes: list[BaseProcess], index: int, what: str | UserError) -> Exception:
+    """A rank that was killed is the cause of what the others say."""
+    for process in processes:
+        process.join(SETTLE_SECONDS / len(processes))
+    killed = {i: p.exitcode for i, p in enumerate(processes) if p.exitcode is not None and p.exitcode < 0}
+    if killed:
+        rank, code = min(killed.items())
+        cause = signal.Signals(-code).name
+        remedy = "; the kernel does so where memory runs out: take fewer ranks" if cause == "SIGKILL" else ""
+        return PeerError(f"rank {rank} was ended by {cause}{remedy}")
+    return what if isinstance(what, UserError) else RuntimeError(f"rank {index} failed: {what}")
+
+
+def _serve(pipe: Connection, environment: dict[str, Any], work: Callable[..., Any], arguments: tuple) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the one that started these ends them
+    os.environ.update({name: str(value) for name, value in environment.items()})
+    try:
+        quiet_libraries()
+        pipe.send(("done", work(lambda message: pipe.send(("told", message)), *arguments)))
+    except UserError as e:
+        pipe.send(("failed", e))
+    except Exception:
+        pipe.send(("failed", traceback.format_exc()))
