@@ -109,6 +109,7 @@ class RunCheckpoints:
         note = (table_forwards(trainer.model.module), trainer.train_reader.reader.counted())
         self.saver.save(step, model.parts(self.rank) + trainer.rank_state.parts(), note, describe)
         self._show()
+        self.board.flush()  # a resume from here does not log again what came before
 
     def finish(self) -> None:
         """Waits for the last save. Raises CheckpointError: it failed."""

@@ -93,6 +93,11 @@ class Board:
         if self.writer:
             self.writer.add_text(tag, text, 0)
 
+    def flush(self) -> None:
+        """Puts what was logged so far where a kill cannot take it."""
+        if self.writer:
+            self.writer.flush()
+
     def close(self) -> None:
         if self.writer:
             self.writer.close()

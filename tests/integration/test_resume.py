@@ -83,7 +83,8 @@ def test_each_step_stands_once_in_tensorboard(unbroken, resumed):
         events.Reload()
         curves.append([(e.step, e.value) for e in events.Scalars("train/loss")])
         assert {"checkpoint/stall_s", "checkpoint/write_s", "checkpoint/bytes"} <= set(events.Tags()["scalars"])
-        assert [e.step for e in events.Scalars("checkpoint/bytes")] == [20, 40, 60, 80, 100, 120]
+        saves = [e.step for e in events.Scalars("checkpoint/bytes")]
+        assert saves in ([20, 40, 60, 80, 100, 120], [20, 60, 80, 100, 120])  # killed before it could tell of step 40
     assert curves[0] == curves[1]
 
 
