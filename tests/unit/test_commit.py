@@ -95,6 +95,7 @@ def test_phases_come_in_their_order(run):
 def test_a_save_that_ends_in_any_phase_leaves_the_newest_whole_one(tmp_path, phase, mode):
     run = Run(tmp_path, mode=mode)
     run.save(1)
+    run.saver.wait()
     strike_at(phase)
     with pytest.raises(KeyboardInterrupt, match=phase):
         run.save(2)
