@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from dlrm_scale.checkpoint_config import CheckpointConfig
 from dlrm_scale.errors import ConfigError
 from dlrm_scale.features import FeatureSchema
 from dlrm_scale.strict import Strict
@@ -283,7 +284,10 @@ class LogConfig(Strict):
 
 
 class OutputConfig(Strict):
-    dir: str = Field("runs/{name}/{time}", description="must be new or empty; {name} and {time} are filled in")
+    dir: str = Field(
+        "runs/{name}/{time}",
+        description="new, empty, or of a run to resume; {name} and {time} (of the launch) are filled in",
+    )
     records: str = Field("runs/records.jsonl", description="one line is added for each finished run")
 
 
@@ -298,6 +302,7 @@ class RunConfig(Strict):
     train: TrainConfig
     eval: EvalConfig = EvalConfig()
     log: LogConfig = LogConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
     output: OutputConfig = OutputConfig()
 
     @model_validator(mode="after")

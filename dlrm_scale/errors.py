@@ -33,5 +33,9 @@ class DivergedError(UserError):
     """The loss is no number any more: what was trained is lost."""
 
 
+class CheckpointError(UserError):
+    """No checkpoint can be written, or none that is there can be gone on from; the same on every rank."""
+
+
 class PeerError(DataError):
     """Another rank could not go on; what it says itself is what matters."""

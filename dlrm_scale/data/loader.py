@@ -68,8 +68,24 @@ class Reader:
         lanes = [order.lane_range(lane) for lane in owned_lanes]
         self._owned_positions = range(lanes[0].start, lanes[-1].stop)
         self._open: dict[Window, Rows] = {}
-        self._counted: set[Window] = set()
-        self.mended: Counter[str] = Counter()
+        self._counted: tuple[int, dict[int, dict[str, int]]] = (0, {})
+        self._earlier = self._counted
+
+    @property
+    def mended(self) -> Counter[str]:
+        return sum((Counter(counts) for counts in self.counted()[1].values()), Counter())
+
+    def counted(self) -> tuple[int, dict[int, dict[str, int]]]:
+        """The epoch that is being read, and what was changed in each window counted so far, by where the window starts.
+
+        May be called while another thread reads.
+        """
+        epoch, windows = self._counted
+        return epoch, dict(list(windows.items()))
+
+    def count_from(self, epoch: int, windows: dict[int, dict[str, int]]) -> None:
+        """Goes on counting from what `counted` gave: these windows of that epoch are not counted again."""
+        self._earlier = (epoch, windows)
 
     def steps(self, epoch: int, first_step: int = 0) -> Iterator[Rows]:
         """This rank's rows of each micro-batch from step `first_step` on: as many as all steps have, the last ones maybe empty.
@@ -81,8 +97,7 @@ class Reader:
         starts = np.array([w.start for w in windows])
         num_rows = self.order.lane_batch_size // self.accumulate_steps
         self._open.clear()
-        self._counted.clear()
-        self.mended.clear()
+        self._counted = (epoch, dict(self._earlier[1]) if self._earlier[0] == epoch else {})
         for micro_batch in range(
             first_step * self.accumulate_steps, self.order.steps_per_epoch * self.accumulate_steps
         ):
@@ -113,9 +128,9 @@ class Reader:
         if rows is None:
             before = Counter(self.source.mended)
             rows = concatenate([self._block(block) for block in window.blocks])
-            if window.start in self._owned_positions and window not in self._counted:
-                self._counted.add(window)
-                self.mended += Counter(self.source.mended) - before
+            counted = self._counted[1]
+            if window.start in self._owned_positions and window.start not in counted:
+                counted[window.start] = dict(Counter(self.source.mended) - before)
             permutation = window.permutation()
             rows = self._open[window] = rows if permutation is None else take(rows, permutation)
         return rows

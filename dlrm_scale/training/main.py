@@ -9,7 +9,7 @@ import sys
 import time
 
 from dlrm_scale.config_io import dump_config, fingerprint, load_config
-from dlrm_scale.errors import ConfigError, DivergedError, PeerError, UserError
+from dlrm_scale.errors import CheckpointError, ConfigError, DivergedError, PeerError, UserError
 
 OTHERS_FIRST_SECONDS = 10.0
 LOST_PEER = ("Connection closed by peer", "Connection reset by peer")  # gloo's words
@@ -73,7 +73,7 @@ def quiet_libraries() -> None:
 def _tell(error: UserError) -> int:
     """Prints the error where it happened. A rank that only hears of it, or finds the same as rank 0, first lets that one speak."""
     rank = int(os.environ.get("RANK", 0))
-    if isinstance(error, PeerError) or (isinstance(error, ConfigError | DivergedError) and rank > 0):
+    if isinstance(error, PeerError) or (isinstance(error, ConfigError | CheckpointError | DivergedError) and rank > 0):
         time.sleep(OTHERS_FIRST_SECONDS)
     where = f" (rank {rank})" if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not isinstance(error, ConfigError) else ""
     print(f"error{where}: {error}", file=sys.stderr, flush=True)

@@ -2,6 +2,7 @@
 
 import resource
 from collections import deque
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,14 @@ from dlrm_scale.training.metrics import binary_metrics
 from dlrm_scale.training.ranks import Rank, gather_rows
 
 Metrics = dict[str, dict[str, float]]  # by label, then by metric
+
+
+@dataclass
+class RunningLoss:
+    """This rank's losses since the last log, added up on its device without a wait for it."""
+
+    sum: torch.Tensor
+    num_steps: int = 0
 
 
 class PredictionStore:
@@ -38,6 +47,10 @@ class PredictionStore:
         ):
             self.num_rows -= len(self.batches.popleft().weights_B)
 
+    def clear(self) -> None:
+        self.batches.clear()
+        self.num_rows = 0
+
     def metrics(self, rank: Rank) -> Metrics | None:
         """Metrics by label over all ranks' predictions, on rank 0; None on the others. Collective."""
         if not self.batches:
@@ -57,10 +70,15 @@ class PredictionStore:
 
 
 class Board:
-    """TensorBoard's event files of a run, written by rank 0; on other ranks every call does nothing."""
+    """TensorBoard's event files of a run, written by rank 0; on other ranks every call does nothing.
 
-    def __init__(self, run_dir: Path | None) -> None:
-        self.writer = SummaryWriter(str(run_dir)) if run_dir else None
+    Args:
+        resumed_at: the step that a run goes on from: what an earlier attempt logged after it is no longer shown.
+    """
+
+    def __init__(self, run_dir: Path | None, resumed_at: int | None = None) -> None:
+        purge = None if resumed_at is None else resumed_at + 1
+        self.writer = SummaryWriter(str(run_dir), purge_step=purge) if run_dir else None
 
     def scalars(self, prefix: str, values: dict[str, float], step: int) -> None:
         if self.writer:
@@ -74,6 +92,11 @@ class Board:
     def text(self, tag: str, text: str) -> None:
         if self.writer:
             self.writer.add_text(tag, text, 0)
+
+    def flush(self) -> None:
+        """Puts what was logged so far where a kill cannot take it."""
+        if self.writer:
+            self.writer.flush()
 
     def close(self) -> None:
         if self.writer:

@@ -37,6 +37,9 @@ class ReplicatedTableOptimizer(torch.optim.Optimizer):
             )
         super().__init__(tables, {"lr": config.lr, "eps": config.eps, "weight_decay": config.weight_decay})
         self.rule = config.name
+        for table in self.param_groups[0]["params"] if self.rule != "sgd" else ():
+            shape = (len(table), 1) if self.rule == "rowwise_adagrad" else table.shape
+            self.state[table]["sum"] = torch.zeros(shape, device=table.device)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -53,12 +56,9 @@ class ReplicatedTableOptimizer(torch.optim.Optimizer):
         if self.rule == "sgd":
             table.copy_(weight - lr * grad)
             return
-        state = self.state[table]
         squares = grad.square().mean(dim=1, keepdim=True) if self.rule == "rowwise_adagrad" else grad.square()
-        if not state:
-            state["sum"] = torch.zeros_like(squares)
-        state["sum"].add_(squares)
-        table.copy_(weight - lr * grad / (state["sum"].sqrt() + eps))
+        total = self.state[table]["sum"].add_(squares)
+        table.copy_(weight - lr * grad / (total.sqrt() + eps))
 
 
 def learning_rate_factor(step: int, schedule: Schedule, total_steps: int) -> float:
@@ -82,6 +82,7 @@ class TrainOptimizer:
     def __init__(self, model: ShardedModel, config: TrainConfig, total_steps: int) -> None:
         trained_here = list(in_backward_optimizer_filter(model.module.named_parameters()))
         replicated = [p for name, p in trained_here if name.startswith(TABLES)]
+        self.replicated_tables = {n.split(".")[-2]: p for n, p in trained_here if n.startswith(TABLES)}
         self.dense_parameters = [p for name, p in trained_here if not name.startswith(TABLES)]
         self.dense = _dense_optimizer(self.dense_parameters, config.dense)
         self.replicated = ReplicatedTableOptimizer(replicated, config.sparse) if replicated else None
@@ -97,6 +98,11 @@ class TrainOptimizer:
         """Of the step to come, by {"dense", "sparse"}."""
         factor = learning_rate_factor(self.num_steps, self.config.schedule, self.total_steps)
         return {"dense": self.config.dense.lr * factor, "sparse": self.config.sparse.lr * factor}
+
+    def go_on_from(self, num_steps: int) -> None:
+        """Sets the step, and with it the learning rates, as after `num_steps` whole optimizer steps."""
+        self.num_steps, self.micro_batch = num_steps, 0
+        self._set_learning_rates()
 
     def zero_grad(self) -> None:
         if self.micro_batch == 0:
@@ -132,4 +138,12 @@ def _dense_optimizer(parameters: list[nn.Parameter], config: DenseOptimizer) -> 
     if config.name == "sgd":
         return torch.optim.SGD(parameters, **options)
     rules = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "adagrad": torch.optim.Adagrad}
-    return rules[config.name](parameters, eps=config.eps, **options)
+    optimizer = rules[config.name](parameters, eps=config.eps, **options)
+    if config.name != "adagrad":  # it makes its state now; the Adams would at the first step, too late to load it into
+        for p in parameters:
+            optimizer.state[p] = {
+                "step": torch.zeros(()),
+                "exp_avg": torch.zeros_like(p, memory_format=torch.preserve_format),
+                "exp_avg_sq": torch.zeros_like(p, memory_format=torch.preserve_format),
+            }
+    return optimizer

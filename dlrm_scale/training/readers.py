@@ -30,17 +30,22 @@ class TrainReader:
         all_steps = self.reader.order.steps_per_epoch * config.train.epochs
         self.num_steps = min(all_steps, config.train.max_steps or all_steps)
 
-    def batches(self) -> AbstractContextManager[Iterator[RecBatch]]:
-        return _batches(self, self._rows())
+    def batches(self, samples_consumed: int = 0) -> AbstractContextManager[Iterator[RecBatch]]:
+        """Those that come after so many samples. Raises ConfigError: that is not the end of a step."""
+        return _batches(self, self._rows(*self.reader.order.locate(samples_consumed)))
 
     def consumed_after(self, num_steps: int) -> int:
         """Samples that all ranks have trained on after so many steps: the data position."""
         epoch, step = divmod(num_steps - 1, self.reader.order.steps_per_epoch)
         return self.reader.order.consumed_after(epoch, step)
 
-    def _rows(self) -> Iterator[Rows]:
-        epochs = (self.reader.steps(epoch) for epoch in range(self.config.train.epochs))
-        return islice((rows for epoch in epochs for rows in epoch), self.num_steps * self.accumulate_steps)
+    def _rows(self, first_epoch: int, first_step: int) -> Iterator[Rows]:
+        epochs = (
+            self.reader.steps(epoch, first_step if epoch == first_epoch else 0)
+            for epoch in range(first_epoch, self.config.train.epochs)
+        )
+        steps_left = self.num_steps - first_epoch * self.reader.order.steps_per_epoch - first_step
+        return islice((rows for epoch in epochs for rows in epoch), max(0, steps_left) * self.accumulate_steps)
 
 
 class EvalReader:

@@ -18,7 +18,7 @@ from dlrm_scale.config_io import fingerprint
 from dlrm_scale.sharding.plan import Plan
 from dlrm_scale.training.clock import STAGES
 from dlrm_scale.training.monitor import Metrics, percentiles
-from dlrm_scale.training.trainer import TrainResult
+from dlrm_scale.training.result import TrainResult
 
 RECORD_FORMAT = 1
 SHOWN = ("ne", "auc", "gauc", "calibration", "log_loss")
@@ -122,14 +122,18 @@ def run_record(
     }
 
 
-def append_record(path: str | Path, record: dict[str, Any]) -> None:
+def record_line(record: dict[str, Any]) -> str:
+    """A record as a line of JSON."""
+    return json.dumps(_as_json(record), allow_nan=False) + "\n"
+
+
+def append_line(path: str | Path, line: str) -> None:
     """Adds one line, in one write, so that runs that end together do not mix their lines."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    line = (json.dumps(_as_json(record), allow_nan=False) + "\n").encode()
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
-        os.write(descriptor, line)
+        os.write(descriptor, line.encode())
     finally:
         os.close(descriptor)
 

@@ -1,8 +1,7 @@
 """One run from its configuration to its record: check and plan on rank 0, then train on all ranks."""
 
-import re
+import json
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -10,35 +9,42 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
+from dlrm_scale.checkpoint.commit import CheckpointFolder
+from dlrm_scale.checkpoint.manifest import Manifest
 from dlrm_scale.cluster import this_cluster
 from dlrm_scale.config import RunConfig, check_num_ranks
 from dlrm_scale.config_io import dump_config, fingerprint
 from dlrm_scale.data.open import open_source, preflight
 from dlrm_scale.data.synthetic import SyntheticSource
-from dlrm_scale.errors import ConfigError, NoPlanError
+from dlrm_scale.errors import CheckpointError, NoPlanError
 from dlrm_scale.models.ranking_model import build_model
 from dlrm_scale.sharding.apply import shard_model
-from dlrm_scale.sharding.plan import Plan, load_plan, plan_request, save_plan
+from dlrm_scale.sharding.plan import Plan, PlanRequest, load_plan, plan_request, save_plan
 from dlrm_scale.sharding.planner import find_plan
+from dlrm_scale.training.checkpoints import RunCheckpoints, checkpoint_folder
 from dlrm_scale.training.metrics import binary_metrics
 from dlrm_scale.training.monitor import Board, Metrics, peak_memory_bytes
 from dlrm_scale.training.progress import Progress
 from dlrm_scale.training.ranks import Rank, from_first_rank, process_group, this_rank
 from dlrm_scale.training.readers import EvalReader, TrainReader
-from dlrm_scale.training.report import append_record, print_end, print_start, run_record
-from dlrm_scale.training.trainer import Trainer, TrainResult
+from dlrm_scale.training.report import print_end, print_start, record_line, run_record
+from dlrm_scale.training.result import TrainResult
+from dlrm_scale.training.run_folder import RunFolder, refuse_differences
+from dlrm_scale.training.state import seed_generators
+from dlrm_scale.training.trainer import Trainer
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What rank 0 finds out before the process group exists, and tells the others."""
+    """What rank 0 finds out before the process group exists, and tells the others; without a plan, the run is finished."""
 
-    plan: Plan
     run_dir: Path
+    plan: Plan | None
 
 
-def run(config: RunConfig) -> TrainResult:
-    """Trains `config`. Every rank calls it; rank 0 plans, reports and writes.
+def run(config: RunConfig) -> TrainResult | None:
+    """Trains `config`, from its newest checkpoint if it has one; None if it has been trained. Every rank calls it; rank 0
+    plans, reports and writes.
 
     Raises:
         UserError: what is wrong with configuration, data, plan or output folder, before training wherever it can be known.
@@ -50,36 +56,44 @@ def run(config: RunConfig) -> TrainResult:
         console.print(
             "note: this CPU has no bf16 instructions; train.precision=bf16 will be several times slower than fp32"
         )
-    prepared = prepare(config, rank) if rank.is_first else None
-    torch.manual_seed(config.seed * 1_000_003 + rank.index)  # dropout's; weights have generators of their own
-    with process_group(rank):
-        prepared = from_first_rank(prepared)
-        board = Board(prepared.run_dir if rank.is_first else None)
-        try:
-            return _train(config, rank, prepared, board, console)
-        finally:
-            board.close()
+    folder = RunFolder(config) if rank.is_first else None
+    try:
+        prepared = prepare(config, rank, folder) if folder else None
+        seed_generators(config.seed, rank, 0)
+        with process_group(rank):
+            prepared = from_first_rank(prepared)
+            if prepared.plan is None:
+                if console:
+                    console.print(f"{prepared.run_dir} is finished: nothing to do", highlight=False)
+                return None
+            return _train(config, rank, prepared, folder, console)
+    finally:
+        if folder:
+            folder.close()
 
 
-def prepare(config: RunConfig, rank: Rank) -> Prepared:
+def prepare(config: RunConfig, rank: Rank, folder: RunFolder) -> Prepared:
     """Checks data, plan and output folder; writes config.yaml and plan.json there."""
-    for split in ("train", "eval"):
+    if folder.is_finished():
+        return Prepared(folder.path, None)
+    for split in ("train", "eval") if not folder.holds_run else ():  # a run that goes on has read them
         source = open_source(config.data, config.features, split, config.seed)
         if source is not None and not isinstance(source, SyntheticSource):  # what is generated cannot be bad
             preflight(source, config.data.preflight_rows)
-    plan = make_plan(config, rank)
-    run_dir = _make_run_dir(config)
-    save_plan(plan, run_dir / "plan.json")
-    return Prepared(plan, run_dir)
+    plan = make_plan(config, rank, _newest_plan(checkpoint_folder(config, str(folder.path))))
+    folder.claim()
+    return Prepared(folder.path, plan)
 
 
-def make_plan(config: RunConfig, rank: Rank) -> Plan:
-    """The plan that `sharding.plan` names, or a new one for ranks like this."""
+def make_plan(config: RunConfig, rank: Rank, earlier: Plan | None = None) -> Plan:
+    """The plan that `sharding.plan` names; or `earlier`, if it answers the same request; or a new one for ranks like this."""
     model = build_model(config, dense_device=torch.device("meta"))  # also where features that do not suit the arch show
     cluster = this_cluster(rank.world_size, rank.ranks_per_host, rank.device.type)
     request = plan_request(config, cluster, model.num_dense_parameters)
     if config.sharding.plan is not None:
         return load_plan(config.sharding.plan, request)
+    if earlier is not None and answers(earlier, request):
+        return earlier
     try:
         return find_plan(request, seed=config.seed).plan
     except NoPlanError as e:
@@ -88,57 +102,86 @@ def make_plan(config: RunConfig, rank: Rank) -> Plan:
         ) from None
 
 
-def _make_run_dir(config: RunConfig) -> Path:
-    started = datetime.now().strftime("%Y%m%d-%H%M%S")
-    unknown = set(re.findall(r"{.*?}", config.output.dir)) - {"{name}", "{time}"}
-    if unknown:
-        raise ConfigError(f"output.dir has {', '.join(sorted(unknown))}; what is filled in is {{name}} and {{time}}")
-    run_dir = Path(config.output.dir.replace("{name}", config.name).replace("{time}", started))
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        if any(run_dir.iterdir()):
-            raise FileExistsError
-        with (run_dir / "config.yaml").open("x") as f:  # of two runs that begin at once, one gets the folder
-            f.write(f"# fingerprint {fingerprint(config)}\n{dump_config(config)}")
-        records = Path(config.output.records)
-        records.parent.mkdir(parents=True, exist_ok=True)
-        records.open("a").close()
-    except FileExistsError:
-        raise ConfigError(
-            f"output.dir {run_dir} is not a new or empty folder; name another: output.dir=runs/another"
-        ) from None
-    except OSError as e:
-        raise ConfigError(
-            f"cannot write to {e.filename or run_dir}: {e.strerror}; name another place: output.dir=... output.records=..."
-        ) from None
-    return run_dir
+def answers(plan: Plan, request: PlanRequest) -> bool:
+    """Whether a plan was asked for by the same request, but for the machine's figures, which differ from host to host."""
+    cluster, now = plan.request.cluster, request.cluster
+    same_ranks = all(getattr(cluster, f) == getattr(now, f) for f in ("device", "num_ranks", "ranks_per_host"))
+    return same_ranks and plan.request.model_copy(update={"cluster": now}) == request
+
+
+def _newest_plan(folder: CheckpointFolder) -> Plan | None:
+    """The plan of the newest checkpoint whose manifest can be read; a resumed run keeps it, so that it ends with the same bits."""
+    for step in folder.steps():
+        try:
+            return _plan_of(folder.manifest(step))
+        except CheckpointError:  # `choose` will tell of it
+            continue
+    return None
+
+
+def _plan_of(manifest: Manifest) -> Plan:
+    return Plan.model_validate_json(json.dumps(manifest.plan))
 
 
 def _cpu_has_bf16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def _train(config: RunConfig, rank: Rank, prepared: Prepared, board: Board, console: Console | None) -> TrainResult:
+def _train(
+    config: RunConfig, rank: Rank, prepared: Prepared, folder: RunFolder | None, console: Console | None
+) -> TrainResult:
+    def tell(line: str) -> None:
+        if console:
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    step_folder = checkpoint_folder(config, str(prepared.run_dir))
+    checkpoints = RunCheckpoints(config, rank, step_folder, tell)
+    try:
+        plan, resumed = prepared.plan, checkpoints.resumed
+        if resumed is not None:
+            refuse_differences(resumed.config, config.model_dump(mode="json"), step_folder.path)
+            saved_plan = _plan_of(resumed)  # of an older one than the newest, if that was skipped
+            plan = saved_plan if config.sharding.plan is None and answers(saved_plan, plan.request) else plan
+        board = Board(prepared.run_dir if rank.is_first else None, resumed.step if resumed else None)
+        checkpoints.attach(plan, board)
+        try:
+            return _train_model(config, rank, plan, folder, console, checkpoints, board)
+        finally:
+            board.close()
+    finally:
+        checkpoints.saver.drain()
+
+
+def _train_model(
+    config: RunConfig,
+    rank: Rank,
+    plan: Plan,
+    folder: RunFolder | None,
+    console: Console | None,
+    checkpoints: RunCheckpoints,
+    board: Board,
+) -> TrainResult:
     train_source = open_source(config.data, config.features, "train", config.seed)
     eval_source = open_source(config.data, config.features, "eval", config.seed)
     train_reader = TrainReader(config, rank, train_source)
     eval_reader = EvalReader(config, rank, eval_source) if eval_source is not None else None
     model = build_model(config, dense_device=rank.device)
-    sharded = shard_model(model, prepared.plan, config.train.sparse, rank.device, config.seed)
-    if console:
-        print_start(console, config, prepared.plan, prepared.run_dir, train_reader.num_steps)
+    sharded = shard_model(model, plan, config.train.sparse, rank.device, config.seed)
+    if folder:
+        save_plan(plan, folder.path / "plan.json")
+        print_start(console, config, plan, folder.path, train_reader.num_steps)
         board.text("config", f"fingerprint {fingerprint(config)}\n```yaml\n{dump_config(config)}```")
-        board.text("plan", _markdown(prepared.plan))
+        board.text("plan", _markdown(plan))
     with Progress(console, train_reader.num_steps) as progress:
-        result = Trainer(config, rank, sharded, train_reader, eval_reader, board, progress).train()
+        trainer = Trainer(config, rank, sharded, train_reader, eval_reader, board, progress, checkpoints)
+        result = trainer.train()
     memory: list[dict[str, int]] | None = [{}] * rank.world_size if rank.is_first else None
     dist.gather_object(peak_memory_bytes(rank.device), memory, dst=0)
-    if console and memory is not None:
+    if folder and memory is not None:
         oracle = oracle_metrics(config, eval_source) if isinstance(eval_source, SyntheticSource) else None
         cluster = this_cluster(rank.world_size, rank.ranks_per_host, rank.device.type)
-        record = run_record(config, cluster, prepared.plan, result, memory, oracle)
-        append_record(config.output.records, record)
-        print_end(console, config, result, oracle, prepared.run_dir)
+        folder.finish(record_line(run_record(config, cluster, plan, result, memory, oracle)))
+        print_end(console, config, result, oracle, folder.path)
     return result
 
 

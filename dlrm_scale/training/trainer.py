@@ -3,7 +3,6 @@
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -15,12 +14,15 @@ from dlrm_scale.config import RunConfig
 from dlrm_scale.data.batch import RecBatch
 from dlrm_scale.errors import DivergedError
 from dlrm_scale.sharding.apply import ShardedModel
+from dlrm_scale.training.checkpoints import RunCheckpoints
 from dlrm_scale.training.clock import StepClock
-from dlrm_scale.training.monitor import Board, Metrics, PredictionStore, peak_memory_bytes
+from dlrm_scale.training.monitor import Board, Metrics, PredictionStore, RunningLoss, peak_memory_bytes
 from dlrm_scale.training.optimizers import TrainOptimizer
 from dlrm_scale.training.progress import Progress
 from dlrm_scale.training.ranks import Rank, sum_counts
 from dlrm_scale.training.readers import EvalReader, TrainReader
+from dlrm_scale.training.result import TrainResult
+from dlrm_scale.training.state import RankState
 
 PIPELINES = {"sparse_dist": TrainPipelineSparseDist, "none": TrainPipelineBase}
 
@@ -30,27 +32,12 @@ def due(step: int, every: int) -> bool:
     return every > 0 and step > 0 and step % every == 0
 
 
-@dataclass
-class TrainResult:
-    """What a run measured; times and samples leave out the first `log.warmup_steps`, logging, evaluation."""
-
-    num_steps: int = 0
-    samples_consumed: int = 0
-    timed_samples: int = 0
-    timed_seconds: float = 0.0
-    step_ms: list[dict[str, float]] = field(default_factory=list)
-    losses: list[float] = field(default_factory=list)
-    eval_metrics: Metrics = field(default_factory=dict)
-    mended: dict[str, int] = field(default_factory=dict)
-    eval_mended: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def samples_per_second(self) -> float | None:
-        return self.timed_samples / self.timed_seconds if self.timed_seconds else None
-
-
 class Trainer:
-    """Trains a sharded model over a reader's steps. Every rank makes one and calls `train`; rank 0 reports."""
+    """Trains a sharded model over a reader's steps. Every rank makes one and calls `train`; rank 0 reports.
+
+    Args:
+        checkpoints: where the run's state goes, and may come from; None: nothing is saved.
+    """
 
     def __init__(
         self,
@@ -61,6 +48,7 @@ class Trainer:
         eval_reader: EvalReader | None,
         board: Board,
         progress: Progress,
+        checkpoints: RunCheckpoints | None = None,
     ) -> None:
         self.config, self.rank, self.model, self.board, self.progress = config, rank, model, board, progress
         self.train_reader, self.eval_reader = train_reader, eval_reader
@@ -71,47 +59,71 @@ class Trainer:
             config.features.group is not None,
             max(1, config.log.window_samples // rank.world_size),
         )
-        self.loss_sum = torch.zeros((), device=rank.device)
-        self.steps_in_loss = 0
+        self.loss = RunningLoss(torch.zeros((), device=rank.device))
         self.result = TrainResult()
+        self.checkpoints = checkpoints
         self.logged = (0, 0.0)  # timed samples and seconds at the last log
+        self.warm_from = config.log.warmup_steps
         self._watch_stages()
 
+    @property
+    def rank_state(self) -> RankState:
+        return RankState(self.rank, self.config.seed, self.loss, self.window)
+
     def train(self) -> TrainResult:
-        """Runs the reader's steps to their end, logs and evaluates on the way and after the last one."""
+        """Runs the steps that are left, logs, evaluates and saves on the way and after the last one."""
         train, result, total = self.config.train, self.result, self.train_reader.num_steps
-        until_evaluation = (self.eval_reader and self.config.eval.every_steps) or total
-        with self.train_reader.batches() as batches:
+        if self.checkpoints:
+            self.checkpoints.restore(self)
+        self.warm_from = result.num_steps + self.config.log.warmup_steps
+        between_evaluations = (self.eval_reader and self.config.eval.every_steps) or total
+        with self.train_reader.batches(result.samples_consumed) as batches:
             optimizer = _Watched(self.optimizer, self.clock)
             timed = self.clock.timed(batches)
             while result.num_steps < total:
                 # A pipeline of its own up to each evaluation: it must run empty, as it holds exchanged ids of the batches it
                 # has begun, and an empty one does not start again.
                 pipeline = PIPELINES[train.pipeline](self.model, optimizer, self.rank.device)
+                until_evaluation = between_evaluations - result.num_steps % between_evaluations
                 num_steps = min(until_evaluation, total - result.num_steps)
-                if not self._run_steps(pipeline, islice(timed, num_steps * train.accumulate_steps)):
+                stop = result.num_steps + num_steps
+                if not self._run_steps(pipeline, islice(timed, num_steps * train.accumulate_steps), stop):
                     break  # the data ended before its own count of rows
                 if isinstance(pipeline, TrainPipelineSparseDist):
                     pipeline.detach()
                 self._evaluate()
+                if self._save_is_due() or result.num_steps == total:
+                    self._save()
+        if self.checkpoints:
+            self.checkpoints.finish()
         return result
 
-    def _run_steps(self, pipeline: Any, batches: Iterator[RecBatch]) -> bool:
-        """Steps to the end of `batches`; whether there was one."""
+    def _run_steps(self, pipeline: Any, batches: Iterator[RecBatch], stop: int) -> bool:
+        """Steps to the end of `batches`, which is step `stop`; whether there was one. Step `stop` is saved once it is evaluated."""
         log, first = self.config.log, self.result.num_steps
         self.model.train()
         self._start_span()
         while self._step(pipeline, batches):
             step = self.result.num_steps
-            if due(step, log.every_steps) or step == log.warmup_steps:
+            save = step < stop and self._save_is_due()
+            if due(step, log.every_steps) or step == self.warm_from or save:
                 self._end_span()
                 if due(step, log.every_steps):
                     self._log()
+                if save:
+                    self._save()
                 self._start_span()
         self._end_span()
-        if self.steps_in_loss:
+        if self.loss.num_steps:
             self._log()
         return self.result.num_steps > first
+
+    def _save_is_due(self) -> bool:
+        return self.checkpoints is not None and due(self.result.num_steps, self.config.checkpoint.every_steps)
+
+    def _save(self) -> None:
+        if self.checkpoints:
+            self.checkpoints.save(self)
 
     def _step(self, pipeline: Any, batches: Iterator[RecBatch]) -> bool:
         """One optimizer step; False if the data had ended."""
@@ -124,7 +136,7 @@ class Trainer:
         self.clock.finish()
         self.result.num_steps += 1
         self.result.samples_consumed = self.train_reader.consumed_after(self.result.num_steps)
-        self.steps_in_loss += 1
+        self.loss.num_steps += 1
         self.progress.advance(self.result.num_steps)
         return True
 
@@ -136,18 +148,18 @@ class Trainer:
         if self.rank.device.type == "cuda":
             torch.cuda.synchronize(self.rank.device)
         started, samples_before = self.span
-        if self.result.num_steps > self.config.log.warmup_steps:
+        if self.result.num_steps > self.warm_from:
             self.result.timed_seconds += time.perf_counter() - started
             self.result.timed_samples += self.result.samples_consumed - samples_before
 
     def _log(self) -> None:
         """Collective: losses and window metrics of all ranks, to TensorBoard and the progress line."""
         step = self.result.num_steps
-        loss = self.loss_sum / self.steps_in_loss
+        loss = self.loss.sum / self.loss.num_steps
         dist.all_reduce(loss)
         loss = loss.item() / self.rank.world_size
-        self.loss_sum.zero_()
-        self.steps_in_loss = 0
+        self.loss.sum.zero_()
+        self.loss.num_steps = 0
         if not math.isfinite(loss):  # the same on every rank
             raise DivergedError(
                 f"the loss is {loss} in the steps up to {step}; lower train.dense.lr and train.sparse.lr, warm up longer "
@@ -155,7 +167,7 @@ class Trainer:
             )
         self.result.losses.append(loss)
         steps_ms = self.clock.drain()
-        warm = [ms for i, ms in enumerate(reversed(steps_ms)) if step - i > self.config.log.warmup_steps][::-1]
+        warm = [ms for i, ms in enumerate(reversed(steps_ms)) if step - i > self.warm_from][::-1]
         self.result.step_ms += warm
         metrics = self.window.metrics(self.rank)
         mended = sum_counts(self.train_reader.reader.mended, self.rank)
@@ -201,7 +213,7 @@ class Trainer:
         def after_forward(module: Any, args: Any, output: tuple[torch.Tensor, Any]) -> None:
             if self.model.training:
                 self.clock.end("forward")
-                self.loss_sum += output[0].detach()
+                self.loss.sum += output[0].detach()
 
         self.model.register_forward_pre_hook(before_forward)
         self.model.register_forward_hook(after_forward)

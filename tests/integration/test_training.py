@@ -123,7 +123,7 @@ def test_a_used_output_folder_is_refused(tmp_path):
     (tmp_path / "run").mkdir(parents=True)
     (tmp_path / "run" / "old").touch()
     outcome = launch(tmp_path, nproc=None)
-    assert outcome.code == 2 and "not a new or empty folder" in outcome.errors
+    assert outcome.code == 2 and "neither new, empty, nor a run's folder" in outcome.errors
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["old"]
 
 

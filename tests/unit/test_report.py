@@ -11,8 +11,8 @@ from rich.console import Console
 from dlrm_scale.cluster import this_cluster
 from dlrm_scale.config_io import fingerprint
 from dlrm_scale.sharding.plan import Plan, RankLoad, TablePlan, plan_request
-from dlrm_scale.training.report import append_record, print_end, print_start, run_record
-from dlrm_scale.training.trainer import TrainResult
+from dlrm_scale.training.report import append_line, print_end, print_start, record_line, run_record
+from dlrm_scale.training.result import TrainResult
 from tests.support.configs import tiny_config
 
 RUN_DIR = Path("runs/tiny/20260102-030405")
@@ -77,8 +77,10 @@ def result() -> TrainResult:
 
 def test_each_record_is_one_line_of_strict_json(tmp_path):
     path = tmp_path / "new" / "records.jsonl"
-    append_record(path, {"losses": [0.5, math.nan, (math.nan, 1)], "metrics": {"auc": math.nan}, "note": "a\nb"})
-    append_record(path, {"name": "second"})
+    append_line(
+        path, record_line({"losses": [0.5, math.nan, (math.nan, 1)], "metrics": {"auc": math.nan}, "note": "a\nb"})
+    )
+    append_line(path, record_line({"name": "second"}))
     lines = path.read_text().splitlines()
     assert [strict_json(line) for line in lines] == [
         {"losses": [0.5, None, [None, 1]], "metrics": {"auc": None}, "note": "a\nb"},
@@ -88,16 +90,14 @@ def test_each_record_is_one_line_of_strict_json(tmp_path):
 
 @pytest.mark.parametrize("infinite", [math.inf, -math.inf])
 def test_an_infinite_figure_is_null(tmp_path, infinite):
-    append_record(tmp_path / "records.jsonl", {"losses": [infinite], "metrics": {"log_loss": infinite}})
+    append_line(tmp_path / "records.jsonl", record_line({"losses": [infinite], "metrics": {"log_loss": infinite}}))
     assert strict_json((tmp_path / "records.jsonl").read_text()) == {"losses": [None], "metrics": {"log_loss": None}}
 
 
 def test_record_of_a_run_holds_its_speed_by_stage(tmp_path, result):
     memory = [{"host_bytes": 7}, {"host_bytes": 9}]
-    append_record(
-        tmp_path / "records.jsonl",
-        run_record(tiny_config(), this_cluster(2, 2, "cpu"), hand_made_plan(2), result, memory, None),
-    )
+    record = run_record(tiny_config(), this_cluster(2, 2, "cpu"), hand_made_plan(2), result, memory, None)
+    append_line(tmp_path / "records.jsonl", record_line(record))
     record = strict_json((tmp_path / "records.jsonl").read_text())
     assert record["samples_per_second"] == 2000.0
     assert record["step_ms"] == pytest.approx({"p10": 12.0, "p50": 20.0, "p90": 28.0})

@@ -6,7 +6,8 @@ import pytest
 from dlrm_scale.data.open import open_source
 from dlrm_scale.errors import ConfigError, NoPlanError
 from dlrm_scale.training.ranks import Rank
-from dlrm_scale.training.run import make_plan, oracle_metrics, prepare
+from dlrm_scale.training.run import answers, make_plan, oracle_metrics, prepare
+from dlrm_scale.training.run_folder import RunFolder
 from tests.support.configs import TINY, tiny_config
 from tests.unit.test_metrics import pairwise_auc
 
@@ -23,12 +24,12 @@ def test_the_oracle_is_judged_on_the_held_out_rows_that_the_model_sees(max_sampl
     assert metrics["log_loss"] == pytest.approx(-np.log(np.where(labels == 1, p, 1 - p)).mean())
 
 
-def test_a_run_folder_is_claimed_by_one_run(tmp_path, cpu_rank):
+def test_a_run_folder_gets_its_configuration_and_nothing_before_the_plan_is_made(tmp_path, cpu_rank):
     config = tiny_config(output={"dir": str(tmp_path / "run"), "records": str(tmp_path / "records.jsonl")})
-    prepared = prepare(config, cpu_rank)
-    assert sorted(p.name for p in prepared.run_dir.iterdir()) == ["config.yaml", "plan.json"]
-    with pytest.raises(ConfigError, match="not a new or empty folder"):
-        prepare(config, cpu_rank)
+    folder = RunFolder(config)
+    assert prepare(config, cpu_rank, folder).plan is not None
+    assert sorted(p.name for p in folder.path.iterdir()) == [".lock", "config.yaml"]
+    folder.close()
 
 
 def test_an_arch_that_the_features_do_not_suit_is_refused_before_training(tmp_path, cpu_rank):
@@ -40,8 +41,23 @@ def test_an_arch_that_the_features_do_not_suit_is_refused_before_training(tmp_pa
     }
     config = tiny_config(features=features, model={"mode": "sole"}, output={"dir": str(tmp_path / "run")})
     with pytest.raises(ConfigError, match=r"dot.*interactions"):
-        prepare(config, cpu_rank)
+        prepare(config, cpu_rank, RunFolder(config))
     assert not (tmp_path / "run").exists()
+
+
+def test_an_earlier_plan_is_replayed_on_a_like_machine_and_only_there(cpu_rank):
+    config = tiny_config()
+    plan = make_plan(config, cpu_rank)
+    roomier = plan.request.cluster.host_memory_gb.model_copy(update={"value": 1e4})
+    elsewhere = plan.request.model_copy(
+        update={"cluster": plan.request.cluster.model_copy(update={"host_memory_gb": roomier})}
+    )
+    assert answers(plan, elsewhere)
+    assert make_plan(config, cpu_rank, plan) is plan
+    constrained = tiny_config(sharding={"tables": {"user": {"types": ["row_wise"]}}})
+    assert make_plan(constrained, cpu_rank, plan) is not plan
+    two = plan.request.cluster.model_copy(update={"num_ranks": 2, "ranks_per_host": 2})
+    assert not answers(plan, plan.request.model_copy(update={"cluster": two}))
 
 
 @pytest.fixture

@@ -1,0 +1,160 @@
+"""A run's folder: new, or one whose run is gone on with; held by one run at a time."""
+
+import fcntl
+import json
+import os
+import re
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from dlrm_scale.config import RunConfig
+from dlrm_scale.config_io import dump_config, fingerprint, load_config
+from dlrm_scale.errors import ConfigError
+from dlrm_scale.training.report import append_line
+
+STARTED = "DLRM_SCALE_STARTED"  # YYYYmmdd-HHMMSS, set by the launcher: {time} is the same in every attempt
+LOCK, CONFIG, RECORD = ".lock", "config.yaml", "record.json"
+# What a resumed run may change: it decides where and how long a run trains, and what it shows, not what it learns from what.
+MAY_DIFFER = (
+    *("device", "sharding", "eval", "log", "checkpoint", "output"),
+    *("train.max_steps", "train.epochs", "train.pipeline"),
+    *("data.prefetch_batches", "data.max_held_rows", "data.preflight_rows"),
+)
+
+
+class RunFolder:
+    """Rank 0 opens it before anything else, and holds it as long as the process lives (or until `close`).
+
+    Attributes:
+        holds_run: whether a run was begun here, with a configuration that this one may go on with.
+
+    Raises:
+        ConfigError: another run holds it; it is of a run with another configuration, with each difference; of no run, and not
+            empty; it cannot be written.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config, self.path, self.lock = config, _run_dir(config), None
+        self.holds_run = (self.path / CONFIG).exists()
+        try:
+            if self.holds_run:
+                self._take_lock()
+                refuse_differences(_plain(load_config(self.path / CONFIG)), _plain(config), str(self.path))
+            elif self.path.is_dir() and any(
+                p.name != LOCK and not p.name.startswith(f".{CONFIG}") for p in self.path.iterdir()
+            ):
+                raise ConfigError(
+                    f"output.dir {self.path} is neither new, empty, nor a run's folder (it has no {CONFIG}); name another: "
+                    "output.dir=runs/another"
+                )
+        except OSError as e:
+            raise self._unwritable(e) from None
+
+    def claim(self) -> None:
+        """Makes the folder, if it is not there, and writes the configuration. Raises ConfigError."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._take_lock()
+            text = f"# fingerprint {fingerprint(self.config)}\n{dump_config(self.config)}"
+            write_whole(self.path / CONFIG, text)
+            records = Path(self.config.output.records)
+            records.parent.mkdir(parents=True, exist_ok=True)
+            records.open("a").close()
+        except OSError as e:
+            raise self._unwritable(e) from None
+
+    def close(self) -> None:
+        if self.lock is not None:
+            self.lock.close()
+            self.lock = None
+
+    def is_finished(self) -> bool:
+        """Whether the run has ended, and was not made longer since. Its record is then in `output.records`."""
+        path = self.path / RECORD
+        if not (self.holds_run and path.exists()):
+            return False
+        line = path.read_text()
+        train = json.loads(line)["config"]["train"]
+        if (train["max_steps"], train["epochs"]) != (self.config.train.max_steps, self.config.train.epochs):
+            return False
+        records = Path(self.config.output.records)
+        if not records.exists() or line not in records.read_text():
+            append_line(records, line)
+        return True
+
+    def finish(self, line: str) -> None:
+        """Leaves the run's record here, and then in `output.records`: a run that dies in between is told by `is_finished`."""
+        write_whole(self.path / RECORD, line)
+        append_line(self.config.output.records, line)
+
+    def _take_lock(self) -> None:
+        if self.lock is not None:
+            return
+        lock = (self.path / LOCK).open("a")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            raise ConfigError(
+                f"output.dir {self.path} is in use by a run that is still going; wait for it, stop it, or name another folder: "
+                "output.dir=runs/another"
+            ) from None
+        self.lock = lock
+
+    def _unwritable(self, e: OSError) -> ConfigError:
+        where = e.filename or self.path
+        return ConfigError(
+            f"cannot write to {where}: {e.strerror}; name another place: output.dir=... output.records=..."
+        )
+
+
+def refuse_differences(then: dict[str, Any], now: dict[str, Any], where: str) -> None:
+    """Raises ConfigError that lists each key by which two configurations differ and may not."""
+    lines = differences(then, now)
+    if lines:
+        raise ConfigError(
+            f"{where} is of a run with another configuration:\n  "
+            + "\n  ".join(lines)
+            + "\ngo on with its own, or begin another run: output.dir=runs/another "
+            "(checkpoint.warm_start={path: ...} takes over the weights)"
+        )
+
+
+def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """One line for each key that decides what is learned and is not the same."""
+    had, has = _leaves(then), _leaves(now)
+    keys = [key for key in sorted(set(had) | set(has)) if had.get(key) != has.get(key)]
+    may_not = [key for key in keys if not any(key == free or key.startswith(f"{free}.") for free in MAY_DIFFER)]
+    return [f"{key}: {had.get(key, 'not set')} there, {has.get(key, 'not set')} now" for key in may_not]
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Under a temporary name first: the file is there whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("w") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    temporary.replace(path)
+
+
+def _run_dir(config: RunConfig) -> Path:
+    unknown = set(re.findall(r"{.*?}", config.output.dir)) - {"{name}", "{time}"}
+    if unknown:
+        raise ConfigError(f"output.dir has {', '.join(sorted(unknown))}; what is filled in is {{name}} and {{time}}")
+    started = os.environ.get(STARTED) or datetime.now().strftime("%Y%m%d-%H%M%S")
+    return Path(config.output.dir.replace("{name}", config.name).replace("{time}", started))
+
+
+def _plain(config: RunConfig) -> dict[str, Any]:
+    return config.model_dump(mode="json")
+
+
+def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Values by dotted key; the entries of a list by their number."""
+    if isinstance(tree, dict) and tree:
+        return {k: v for key, value in tree.items() for k, v in _leaves(value, f"{prefix}{key}.").items()}
+    if isinstance(tree, list) and tree:
+        return {k: v for i, value in enumerate(tree) for k, v in _leaves(value, f"{prefix}{i}.").items()}
+    return {prefix.rstrip("."): tree}

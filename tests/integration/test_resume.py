@@ -1,0 +1,116 @@
+"""A real job that loses a rank to SIGKILL, and the same command again: the end is that of a job nothing happened to."""
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.support.configs import TINY
+from tests.support.launch import ROOT, Outcome, launch, launch_command
+from tools.checkpoint.cli import main as checkpoint_tool
+
+JOB = ("train.max_steps=120", "checkpoint.every_steps=20", "checkpoint.keep_last=9", "eval.every_steps=50")
+TREE = TINY | {"model": TINY["model"] | {"dropout": 0.2}}
+
+
+def rank_process(config: Path, rank: int) -> int:
+    """The process id of one rank of the job that trains `config`."""
+    for process in Path("/proc").iterdir():
+        if process.name.isdigit():
+            try:
+                command = (process / "cmdline").read_bytes().split(b"\0")
+                environment = (process / "environ").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            ours = b"dlrm_scale.training.main" in command and str(config).encode() in command
+            if (
+                ours
+                and b"-m" in command
+                and f"RANK={rank}".encode() in environment
+                and b"--nproc-per-node" not in command
+            ):
+                return int(process.name)
+    raise AssertionError(f"no rank {rank} of {config}")
+
+
+def killed_after(folder: Path, step: int, rank: int) -> subprocess.Popen:
+    command, environment = launch_command(folder, *JOB, tree=TREE)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    job = subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
+    deadline = time.monotonic() + 90
+    while not (folder / "run" / "checkpoints" / f"step_{step}").exists():
+        assert time.monotonic() < deadline and job.poll() is None, job.communicate()
+        time.sleep(0.01)
+    os.kill(rank_process(folder / "config.yaml", rank), signal.SIGKILL)
+    job.communicate(timeout=90)
+    return job
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory) -> Outcome:
+    outcome = launch(tmp_path_factory.mktemp("unbroken"), *JOB, tree=TREE)
+    assert outcome.code == 0, outcome.errors
+    return outcome
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory) -> Outcome:
+    folder = tmp_path_factory.mktemp("broken")
+    job = killed_after(folder, step=40, rank=1)
+    assert job.returncode != 0
+    assert not (folder / "run" / "checkpoints" / "step_120").exists(), "it was killed too late to tell anything"
+    outcome = launch(folder, *JOB, tree=TREE)
+    assert outcome.code == 0, outcome.errors
+    assert "resumed from" in outcome.output
+    return outcome
+
+
+def test_the_end_is_the_unbroken_one(unbroken, resumed, capsys):
+    assert checkpoint_tool(["diff", str(unbroken.run_dir), str(resumed.run_dir)]) == 0, capsys.readouterr().out
+    for figure in ("losses", "metrics", "num_steps", "samples_consumed", "oracle", "mended", "eval_mended"):
+        assert resumed.records[0][figure] == unbroken.records[0][figure], figure
+    assert len(resumed.records) == 1
+
+
+def test_each_step_stands_once_in_tensorboard(unbroken, resumed):
+    curves = []
+    for outcome in (unbroken, resumed):
+        events = EventAccumulator(str(outcome.run_dir), size_guidance={"scalars": 0})
+        events.Reload()
+        curves.append([(e.step, e.value) for e in events.Scalars("train/loss")])
+        assert {"checkpoint/stall_s", "checkpoint/write_s", "checkpoint/bytes"} <= set(events.Tags()["scalars"])
+        saves = [e.step for e in events.Scalars("checkpoint/bytes")]
+        assert saves in ([20, 40, 60, 80, 100, 120], [20, 60, 80, 100, 120])  # killed before it could tell of step 40
+    assert curves[0] == curves[1]
+
+
+def test_a_finished_run_says_so_and_another_configuration_is_refused(resumed):
+    folder = resumed.run_dir.parent
+    again = launch(folder, *JOB, tree=TREE)
+    assert again.code == 0 and "finished" in again.output, again.errors
+    assert again.records == resumed.records
+    other = launch(folder, *JOB, "train.sparse.lr=0.5", tree=TREE, nproc=None)
+    assert other.code == 2 and "train.sparse.lr: 0.02 there, 0.5 now" in other.errors
+
+
+def test_the_tool_lists_verifies_and_exports(resumed, tmp_path, capsys):
+    assert checkpoint_tool(["list", str(resumed.run_dir)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["step", "120", "100", "80", "60", "40", "20"]
+    assert checkpoint_tool(["export", str(resumed.run_dir), "--output", str(tmp_path / "plain")]) == 0
+    import torch
+
+    user = torch.load(tmp_path / "plain" / "table_user.pt", weights_only=True)
+    assert user.shape == (500, 8) and user.abs().sum() > 0
+    damaged = resumed.run_dir / "checkpoints" / "step_100" / "__1_0.distcp"
+    data = bytearray(damaged.read_bytes())
+    data[len(data) // 2] ^= 1
+    damaged.write_bytes(data)
+    capsys.readouterr()
+    assert checkpoint_tool(["verify", str(resumed.run_dir)]) == 1
+    out = capsys.readouterr().out
+    assert out.count("BAD") == 1 and str(damaged) in out
