@@ -80,12 +80,10 @@ class Guard:
     ) -> None:
         self.parameters, self.on_bad = list(parameters), on_bad
         self.cuts: list[tuple[Tensor, Tensor]] = []
-        self.kernels: list[SplitTableBatchedEmbeddingBagsCodegen] = []
-        self.iterations: list[int] = []
+        self.iterations: dict[SplitTableBatchedEmbeddingBagsCodegen, int] = {}  # before the last forward pass
         self.loss = torch.zeros(())
         self.dropped = False
         for collection in collections:
-            self.kernels += _kernels(collection)
             collection.register_forward_pre_hook(self._note_iterations)
             collection.register_forward_hook(self._cut_lookups)
 
@@ -128,14 +126,14 @@ class Guard:
                 parameter.grad = None
             else:
                 parameter.grad.copy_(gradient)  # in place: it is a view of DDP's bucket
-        for kernel, iteration in zip(self.kernels, self.iterations, strict=True):
+        for kernel, iteration in self.iterations.items():
             if int(kernel.iter_cpu) != iteration:  # FBGEMM counts Adam's and LAMB's steps in the forward pass
                 kernel.iter_cpu.fill_(iteration)
                 kernel.iter.sub_(1)
 
     def _note_iterations(self, module: nn.Module, args: Any) -> None:
-        if torch.is_grad_enabled() and not self.cuts:
-            self.iterations = [int(kernel.iter_cpu) for kernel in self.kernels]
+        if torch.is_grad_enabled():
+            self.iterations |= {kernel: int(kernel.iter_cpu) for kernel in _kernels(module)}
 
     def _cut_lookups(self, module: nn.Module, args: Any, output: Any) -> None:
         """Sets a cut behind each sharded lookup. Replicated tables' gradients wait for the optimizer, so they need none."""
