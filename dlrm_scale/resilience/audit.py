@@ -63,9 +63,10 @@ def audit(folder: Path) -> Audit:
     kept: dict[int, list[tuple[Range, int, bool]]] = defaultdict(list)  # by epoch: positions, attempt, skipped
     for i, number in enumerate(numbers):
         files = by_attempt[number]
-        _check_files(files, number, result)
         end = min([by_attempt[n][0].attempt.resumed_at_step for n in numbers[i + 1 :]], default=result.num_steps)
         done = max(file.end_step for file in files)
+        if min(end, done) > files[0].attempt.resumed_at_step:  # otherwise nothing of it is left
+            _check_files(files, number, result)
         result.thrown_away_steps += max(0, done - max(end, files[0].attempt.resumed_at_step))
         header = files[0].attempt
         result.attempts.append(

@@ -185,7 +185,7 @@ class Watchdog:
                 wait_for_workers=False,
                 timeout=timedelta(seconds=STORE_SECONDS),
             )
-            self.store = dist.PrefixStore(f"watchdog/{attempt()}", client)
+            self.store = dist.PrefixStore(f"watchdog/{restart_number()}", client)
         if self.store is not None:
             self.store.set(str(self.rank), json.dumps(asdict(self._own_beat())))
 
@@ -196,12 +196,15 @@ class Watchdog:
             return False
 
     def _beats(self) -> dict[int, Beat | None]:
-        beats: dict[int, Beat | None] = dict.fromkeys(range(self.world_size))
-        with suppress(dist.DistError, RuntimeError):
-            for rank in range(self.world_size) if self.store is not None else ():
-                if self.store.check([str(rank)]):
-                    beats[rank] = Beat(**json.loads(self.store.get(str(rank))))
-        return beats | {self.rank: self._own_beat()}
+        """Every rank's last beat, None of one never heard of; only this rank's where the store does not answer."""
+        own: dict[int, Beat | None] = {self.rank: self._own_beat()}
+        if self.store is None:
+            return own
+        try:
+            keys = [str(rank) for rank in range(self.world_size)]
+            return {int(k): Beat(**json.loads(self.store.get(k))) if self.store.check([k]) else None for k in keys} | own
+        except (dist.DistError, RuntimeError):
+            return own
 
     def _end(self, beats: dict[int, Beat | None]) -> None:
         """Every rank that can comes here within a beat of the first; one of them speaks, after all have written."""
@@ -212,7 +215,7 @@ class Watchdog:
                 speaks = self.store.add("speaker", 1) == 1
         self._write_stacks()
         if speaks:
-            stacks = str(self.folder / f"stacks_{attempt()}_rank_*.txt") if self.folder else "above"
+            stacks = str(self.folder / f"stacks_{restart_number()}_rank_*.txt") if self.folder else "above"
             print(report(beats, now, self.beat_seconds, stacks), file=sys.stderr, flush=True)
         time.sleep(2 * self.beat_seconds)  # the first to leave makes the launcher end the others
         os._exit(EXIT_HUNG)
@@ -223,12 +226,12 @@ class Watchdog:
             return
         with suppress(OSError):
             self.folder.mkdir(parents=True, exist_ok=True)
-            with (self.folder / f"stacks_{attempt()}_rank_{self.rank}.txt").open("w") as f:
+            with (self.folder / f"stacks_{restart_number()}_rank_{self.rank}.txt").open("w") as f:
                 faulthandler.dump_traceback(f, all_threads=True)
 
 
-def attempt() -> str:
-    """Of this launch: 0, and one more after each restart; launchers/elastic.py sets it, the same on every host."""
+def restart_number() -> str:
+    """How often this launcher has started its ranks again; launchers/elastic.py sets it, the same on every host."""
     return os.environ.get("DLRM_SCALE_RESTART", os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 

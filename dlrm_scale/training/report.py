@@ -119,6 +119,7 @@ def run_record(
         "oracle": oracle,
         "mended": result.mended,
         "eval_mended": result.eval_mended,
+        "skipped_micro_batches": result.skipped_micro_batches,
     }
 
 

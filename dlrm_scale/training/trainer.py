@@ -1,10 +1,10 @@
 """The step loop: load, step, log, evaluate."""
 
-import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,13 +13,18 @@ from torchrec.distributed.train_pipeline import TrainPipelineBase, TrainPipeline
 
 from dlrm_scale.config import RunConfig
 from dlrm_scale.data.batch import RecBatch
-from dlrm_scale.errors import DivergedError
+from dlrm_scale.resilience.account import Account
+from dlrm_scale.resilience.guards import Guard
+from dlrm_scale.resilience.straggler import OwnTime, slowest
+from dlrm_scale.resilience.watchdog import Watchdog
+from dlrm_scale.models.ranking_model import Predictions
 from dlrm_scale.sharding.apply import ShardedModel
+from dlrm_scale.training.bad_batches import BadBatches
 from dlrm_scale.training.clock import StepClock
 from dlrm_scale.training.monitor import Board, Metrics, PredictionStore, peak_memory_bytes
 from dlrm_scale.training.optimizers import TrainOptimizer
 from dlrm_scale.training.progress import Progress
-from dlrm_scale.training.ranks import Rank, sum_counts
+from dlrm_scale.training.ranks import Rank, gather_rows, sum_counts
 from dlrm_scale.training.readers import EvalReader, TrainReader
 
 PIPELINES = {"sparse_dist": TrainPipelineSparseDist, "none": TrainPipelineBase}
@@ -43,6 +48,8 @@ class TrainResult:
     eval_metrics: Metrics = field(default_factory=dict)
     mended: dict[str, int] = field(default_factory=dict)
     eval_mended: dict[str, int] = field(default_factory=dict)
+    skipped_micro_batches: int = 0
+    preempted: bool = False  # a signal ended it before its last step
 
     @property
     def samples_per_second(self) -> float | None:
@@ -61,10 +68,19 @@ class Trainer:
         eval_reader: EvalReader | None,
         board: Board,
         progress: Progress,
+        run_dir: Path | None = None,
+        watchdog: Watchdog | None = None,
+        account: Account | None = None,
     ) -> None:
         self.config, self.rank, self.model, self.board, self.progress = config, rank, model, board, progress
         self.train_reader, self.eval_reader = train_reader, eval_reader
         self.optimizer = TrainOptimizer(model, config.train, train_reader.num_steps)
+        self.watchdog, self.account = watchdog or Watchdog(rank.index, rank.world_size, 0, 0), account
+        self.bad_batches = BadBatches(config, rank, run_dir)
+        tables = model.module.embeddings
+        trained_after = [*self.optimizer.dense_parameters, *self.optimizer.replicated_parameters]
+        self.guard = Guard([c for c in (tables.ebc, tables.ec) if c is not None], trained_after, self.bad_batches)
+        self.own_time = OwnTime(rank.device)
         self.clock = StepClock(rank.device)
         self.window = PredictionStore(
             config.features.labels,
@@ -72,7 +88,8 @@ class Trainer:
             max(1, config.log.window_samples // rank.world_size),
         )
         self.loss_sum = torch.zeros((), device=rank.device)
-        self.steps_in_loss = 0
+        self.micro_batches_in_loss = 0
+        self.steps_to_log = 0
         self.result = TrainResult()
         self.logged = (0, 0.0)  # timed samples and seconds at the last log
         self._watch_stages()
@@ -81,20 +98,39 @@ class Trainer:
         """Runs the reader's steps to their end, logs and evaluates on the way and after the last one."""
         train, result, total = self.config.train, self.result, self.train_reader.num_steps
         until_evaluation = (self.eval_reader and self.config.eval.every_steps) or total
+        if self.account:
+            self.train_reader.reader.on_read = self.account.read
+        self.train_reader.agree = self.watchdog.watched(self.train_reader.agree)
         with self.train_reader.batches() as batches:
-            optimizer = _Watched(self.optimizer, self.clock)
-            timed = self.clock.timed(batches)
+            optimizer = _Watched(self.optimizer, self.clock, self.watchdog)
+            timed = self._fetched(self.clock.timed(batches))
             while result.num_steps < total:
                 # A pipeline of its own up to each evaluation: it must run empty, as it holds exchanged ids of the batches it
                 # has begun, and an empty one does not start again.
                 pipeline = PIPELINES[train.pipeline](self.model, optimizer, self.rank.device)
+                pipeline._backward = self.guard.backward
                 num_steps = min(until_evaluation, total - result.num_steps)
-                if not self._run_steps(pipeline, islice(timed, num_steps * train.accumulate_steps)):
-                    break  # the data ended before its own count of rows
+                until = result.num_steps + num_steps
+                any_step = self._run_steps(pipeline, islice(timed, num_steps * train.accumulate_steps))
+                result.preempted = self.train_reader.stopped and result.num_steps < until
+                if result.preempted or not any_step:
+                    break  # or the data ended before its own count of rows
                 if isinstance(pipeline, TrainPipelineSparseDist):
                     pipeline.detach()
                 self._evaluate()
+        if self.account:
+            self.account.flush()
+        # The save at the end belongs here, of a run that ended and of one that was preempted: all ranks are at the same step.
         return result
+
+    def _fetched(self, batches: Iterator[RecBatch]) -> Iterator[RecBatch]:
+        while True:
+            self.watchdog.enter("data")
+            batch = next(batches, None)
+            self.watchdog.enter("input_dist")
+            if batch is None:
+                return
+            yield batch
 
     def _run_steps(self, pipeline: Any, batches: Iterator[RecBatch]) -> bool:
         """Steps to the end of `batches`; whether there was one."""
@@ -109,7 +145,7 @@ class Trainer:
                     self._log()
                 self._start_span()
         self._end_span()
-        if self.steps_in_loss:
+        if self.steps_to_log:
             self._log()
         return self.result.num_steps > first
 
@@ -118,15 +154,25 @@ class Trainer:
         self.clock.begin()
         try:
             for _ in range(self.config.train.accumulate_steps):
-                self.window.add(pipeline.progress(batches))
+                self._count(pipeline.progress(batches))
         except StopIteration:
             return False
         self.clock.finish()
         self.result.num_steps += 1
+        self.watchdog.step = self.result.num_steps
         self.result.samples_consumed = self.train_reader.consumed_after(self.result.num_steps)
-        self.steps_in_loss += 1
+        self.steps_to_log += 1
         self.progress.advance(self.result.num_steps)
         return True
+
+    def _count(self, predictions: Predictions) -> None:
+        """Adds what the micro-batch just trained on showed; nothing of one that was dropped."""
+        if self.account:
+            self.account.trained(skipped=self.guard.dropped)
+        if not self.guard.dropped:
+            self.window.add(predictions)
+            self.loss_sum += self.guard.loss
+            self.micro_batches_in_loss += 1
 
     def _start_span(self) -> None:
         self.span = (time.perf_counter(), self.result.samples_consumed)
@@ -142,17 +188,14 @@ class Trainer:
 
     def _log(self) -> None:
         """Collective: losses and window metrics of all ranks, to TensorBoard and the progress line."""
+        self.watchdog.enter("log")
         step = self.result.num_steps
-        loss = self.loss_sum / self.steps_in_loss
-        dist.all_reduce(loss)
-        loss = loss.item() / self.rank.world_size
-        self.loss_sum.zero_()
-        self.steps_in_loss = 0
-        if not math.isfinite(loss):  # the same on every rank
-            raise DivergedError(
-                f"the loss is {loss} in the steps up to {step}; lower train.dense.lr and train.sparse.lr, warm up longer "
-                "(train.schedule.warmup_steps) or clip (train.clip_grad_norm)"
-            )
+        loss = self._mean_loss()
+        self._report_stragglers()
+        self.steps_to_log = 0
+        self.result.skipped_micro_batches = self.bad_batches.num_skipped
+        if self.account:
+            self.account.flush()
         self.result.losses.append(loss)
         steps_ms = self.clock.drain()
         warm = [ms for i, ms in enumerate(reversed(steps_ms)) if step - i > self.config.log.warmup_steps][::-1]
@@ -168,11 +211,31 @@ class Trainer:
         self.board.scalars("time_ms", mean_ms, step)
         self.board.scalars("learning_rate", self.optimizer.learning_rates, step)
         self.board.scalars("memory", peak_memory_bytes(self.rank.device), step)
+        self.board.scalars("guard", {"skipped_micro_batches": self.bad_batches.num_skipped}, step)
         self.board.scalars("data", {"samples_consumed": self.result.samples_consumed, **mended}, step)
         samples_per_second = self._speed_since_last_log()
         if samples_per_second:
             self.board.scalars("speed", {"samples_per_s": samples_per_second}, step)
         self.progress.log(step, loss, metrics, samples_per_second)
+
+    def _mean_loss(self) -> float:
+        """Over all ranks and the micro-batches since the last log; NaN if the guard dropped them all."""
+        steps = self.micro_batches_in_loss / self.config.train.accumulate_steps
+        loss = self.loss_sum / steps if steps else torch.full_like(self.loss_sum, float("nan"))
+        dist.all_reduce(loss)
+        self.loss_sum.zero_()
+        self.micro_batches_in_loss = 0
+        return loss.item() / self.rank.world_size
+
+    def _report_stragglers(self) -> None:
+        ms_by_rank = gather_rows(torch.tensor([self.own_time.drain()]), self.rank)
+        if ms_by_rank is None or len(ms_by_rank) == 1:
+            return
+        rank, ratio = slowest(ms_by_rank.tolist())
+        step = self.result.num_steps
+        self.board.scalars("straggler", {"slowest_rank": rank, "slowest_over_median": ratio}, step)
+        if ratio > self.config.resilience.straggler_ratio:
+            self.progress.note(f"step {step}: rank {rank} takes {ratio:.1f} x the others' time for the dense forward pass")
 
     def _speed_since_last_log(self) -> float | None:
         samples, seconds = self.result.timed_samples - self.logged[0], self.result.timed_seconds - self.logged[1]
@@ -183,6 +246,7 @@ class Trainer:
         """Collective: metrics over the held-out split, to TensorBoard and the result."""
         if self.eval_reader is None:
             return
+        self.watchdog.enter("eval")
         metrics = evaluate(self.config, self.rank, self.model, self.eval_reader)
         mended = sum_counts(self.eval_reader.reader.mended, self.rank)
         if metrics is not None and mended is not None:
@@ -192,34 +256,44 @@ class Trainer:
             self.progress.log_eval(self.result.num_steps, metrics)
 
     def _watch_stages(self) -> None:
-        """Marks the stages' borders at the model's forward, and sums its losses without a wait for the device."""
+        """Marks the stages' borders at the model's forward, and the span of it that waits for no other rank."""
 
-        def before_forward(module: Any, args: Any) -> None:
+        def before_forward(module: Any, args: tuple[RecBatch]) -> None:
             if self.model.training:
+                self.watchdog.enter("forward")
                 self.clock.end("input_dist")
+                self.bad_batches.began(args[0])
 
-        def after_forward(module: Any, args: Any, output: tuple[torch.Tensor, Any]) -> None:
+        def before_arch(module: Any, args: Any) -> None:
             if self.model.training:
+                self.own_time.start()
+
+        def after_forward(module: Any, args: Any, output: Any) -> None:
+            if self.model.training:
+                self.own_time.stop()
                 self.clock.end("forward")
-                self.loss_sum += output[0].detach()
+                self.watchdog.enter("backward")
 
         self.model.register_forward_pre_hook(before_forward)
+        self.model.module.dense.arch.register_forward_pre_hook(before_arch)
         self.model.register_forward_hook(after_forward)
 
 
 class _Watched:
     """The optimizer as the pipeline calls it, marking the ends of its stages."""
 
-    def __init__(self, optimizer: TrainOptimizer, clock: StepClock) -> None:
-        self.optimizer, self.clock = optimizer, clock
+    def __init__(self, optimizer: TrainOptimizer, clock: StepClock, watchdog: Watchdog) -> None:
+        self.optimizer, self.clock, self.watchdog = optimizer, clock, watchdog
 
     def zero_grad(self) -> None:
         self.optimizer.zero_grad()
 
     def step(self) -> None:
         self.clock.end("backward")
+        self.watchdog.enter("optimizer")
         self.optimizer.step()
         self.clock.end("optimizer")
+        self.watchdog.enter("input_dist")
 
 
 @torch.no_grad()
