@@ -1,9 +1,11 @@
 """One run from its configuration to its record: check and plan on rank 0, then train on all ranks."""
 
 import re
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -15,8 +17,11 @@ from dlrm_scale.config import RunConfig, check_num_ranks
 from dlrm_scale.config_io import dump_config, fingerprint
 from dlrm_scale.data.open import open_source, preflight
 from dlrm_scale.data.synthetic import SyntheticSource
-from dlrm_scale.errors import ConfigError, NoPlanError
+from dlrm_scale.errors import ConfigError, DivergedError, NoPlanError, RollbackRequested
 from dlrm_scale.models.ranking_model import build_model
+from dlrm_scale.resilience.account import Account, Attempt, next_attempt
+from dlrm_scale.resilience.preemption import Preemption
+from dlrm_scale.resilience.watchdog import Watchdog
 from dlrm_scale.sharding.apply import shard_model
 from dlrm_scale.sharding.plan import Plan, load_plan, plan_request, save_plan
 from dlrm_scale.sharding.planner import find_plan
@@ -37,8 +42,8 @@ class Prepared:
     run_dir: Path
 
 
-def run(config: RunConfig) -> TrainResult:
-    """Trains `config`. Every rank calls it; rank 0 plans, reports and writes.
+def run(config: RunConfig, preemption: Preemption | None = None) -> TrainResult:
+    """Trains `config`, until `preemption` is requested. Every rank calls it; rank 0 plans, reports and writes.
 
     Raises:
         UserError: what is wrong with configuration, data, plan or output folder, before training wherever it can be known.
@@ -50,15 +55,28 @@ def run(config: RunConfig) -> TrainResult:
         console.print(
             "note: this CPU has no bf16 instructions; train.precision=bf16 will be several times slower than fp32"
         )
-    prepared = prepare(config, rank) if rank.is_first else None
-    torch.manual_seed(config.seed * 1_000_003 + rank.index)  # dropout's; weights have generators of their own
-    with process_group(rank):
-        prepared = from_first_rank(prepared)
-        board = Board(prepared.run_dir if rank.is_first else None)
-        try:
-            return _train(config, rank, prepared, board, console)
-        finally:
-            board.close()
+    limits = config.resilience
+    watchdog = Watchdog(rank.index, rank.world_size, limits.watchdog_seconds, limits.watchdog_long_seconds)
+    with watchdog:
+        watchdog.enter("plan")
+        prepared = prepare(config, rank) if rank.is_first else None
+        torch.manual_seed(config.seed * 1_000_003 + rank.index)  # dropout's; weights have generators of their own
+        with process_group(rank):
+            prepared = from_first_rank(prepared)
+            watchdog.enter("start")
+            watchdog.folder = prepared.run_dir / "hung"
+            board = Board(prepared.run_dir if rank.is_first else None)
+            try:
+                return _train(config, rank, prepared, board, console, watchdog, preemption)
+            except RollbackRequested as request:
+                roll_back(request)
+            finally:
+                board.close()
+
+
+def roll_back(request: RollbackRequested) -> NoReturn:
+    """What `train.nonfinite=rollback` does: every rank comes here, with tables and parameters as before the bad step."""
+    raise DivergedError(f"{request}; there is no checkpoint to go back to") from None
 
 
 def prepare(config: RunConfig, rank: Rank) -> Prepared:
@@ -118,10 +136,18 @@ def _cpu_has_bf16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def _train(config: RunConfig, rank: Rank, prepared: Prepared, board: Board, console: Console | None) -> TrainResult:
+def _train(
+    config: RunConfig,
+    rank: Rank,
+    prepared: Prepared,
+    board: Board,
+    console: Console | None,
+    watchdog: Watchdog,
+    preemption: Preemption | None,
+) -> TrainResult:
     train_source = open_source(config.data, config.features, "train", config.seed)
     eval_source = open_source(config.data, config.features, "eval", config.seed)
-    train_reader = TrainReader(config, rank, train_source)
+    train_reader = TrainReader(config, rank, train_source, preemption)
     eval_reader = EvalReader(config, rank, eval_source) if eval_source is not None else None
     model = build_model(config, dense_device=rank.device)
     sharded = shard_model(model, prepared.plan, config.train.sparse, rank.device, config.seed)
@@ -129,8 +155,17 @@ def _train(config: RunConfig, rank: Rank, prepared: Prepared, board: Board, cons
         print_start(console, config, prepared.plan, prepared.run_dir, train_reader.num_steps)
         board.text("config", f"fingerprint {fingerprint(config)}\n```yaml\n{dump_config(config)}```")
         board.text("plan", _markdown(prepared.plan))
-    with Progress(console, train_reader.num_steps) as progress:
-        result = Trainer(config, rank, sharded, train_reader, eval_reader, board, progress).train()
+    account = open_account(prepared.run_dir, rank, train_reader, resumed_at_step=0)
+    with Progress(console, train_reader.num_steps) as progress, closing(account):
+        result = Trainer(
+            config, rank, sharded, train_reader, eval_reader, board, progress, prepared.run_dir, watchdog, account
+        ).train()
+    watchdog.enter("eval")  # rank 0 works out the oracle's metrics while the others wait
+    if result.preempted:
+        dist.barrier()  # no rank ends, and has the launcher end the others, before all have saved
+        if console:
+            console.print(f"stopped as asked after step {result.num_steps} of {train_reader.num_steps}", highlight=False)
+        return result
     memory: list[dict[str, int]] | None = [{}] * rank.world_size if rank.is_first else None
     dist.gather_object(peak_memory_bytes(rank.device), memory, dst=0)
     if console and memory is not None:
@@ -140,6 +175,22 @@ def _train(config: RunConfig, rank: Rank, prepared: Prepared, board: Board, cons
         append_record(config.output.records, record)
         print_end(console, config, result, oracle, prepared.run_dir)
     return result
+
+
+def open_account(run_dir: Path, rank: Rank, reader: TrainReader, resumed_at_step: int) -> Account:
+    """This rank's account of its data in a new attempt, whose number rank 0 decides. Collective."""
+    folder, order = run_dir / "account", reader.reader.order
+    lanes = [order.lane_range(lane) for lane in range(order.lanes)]
+    attempt = Attempt(
+        attempt=from_first_rank(next_attempt(folder) if rank.is_first else 0),
+        rank=rank.index,
+        world_size=rank.world_size,
+        resumed_at_step=resumed_at_step,
+        steps_per_epoch=order.steps_per_epoch,
+        lane_batch_size=order.lane_batch_size,
+        lane_ranges=[(lane.start, lane.stop) for lane in lanes],
+    )
+    return Account(folder, attempt, reader.accumulate_steps)
 
 
 def oracle_metrics(config: RunConfig, source: SyntheticSource) -> Metrics:

@@ -246,8 +246,7 @@ class Trainer:
         """Collective: metrics over the held-out split, to TensorBoard and the result."""
         if self.eval_reader is None:
             return
-        self.watchdog.enter("eval")
-        metrics = evaluate(self.config, self.rank, self.model, self.eval_reader)
+        metrics = evaluate(self.config, self.rank, self.model, self.eval_reader, self.watchdog)
         mended = sum_counts(self.eval_reader.reader.mended, self.rank)
         if metrics is not None and mended is not None:
             self.result.eval_mended = mended
@@ -297,12 +296,16 @@ class _Watched:
 
 
 @torch.no_grad()
-def evaluate(config: RunConfig, rank: Rank, model: ShardedModel, reader: EvalReader) -> Metrics | None:
+def evaluate(
+    config: RunConfig, rank: Rank, model: ShardedModel, reader: EvalReader, watchdog: Watchdog
+) -> Metrics | None:
     """Metrics by label over the held-out split on rank 0, None on the others. Collective; leaves the model in eval mode."""
+    watchdog.enter("eval")
     model.eval()
     store = PredictionStore(config.features.labels, config.features.group is not None, max_local_rows=None)
     with reader.batches() as batches:
         for batch in batches:
+            watchdog.enter("eval")
             _, predictions = model.module(batch.to(rank.device))
             store.add(predictions)
     return store.metrics(rank)
