@@ -25,7 +25,7 @@ from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.launcher import api
 from torch.distributed.run import parse_args, run
 
-from dlrm_scale.errors import EXIT_FAILED, EXIT_HUNG, EXIT_INTERRUPTED, EXIT_RESUME, EXIT_USAGE
+from dlrm_scale.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_RESUME, EXIT_USAGE
 
 FINAL = (EXIT_FAILED, EXIT_USAGE, EXIT_RESUME, EXIT_INTERRUPTED)  # the same start would end the same way, or is not wanted
 GRACE_SECONDS = 30  # from the request to stop until ranks are killed
@@ -56,6 +56,7 @@ class Agent(LocalElasticAgent):
         self.stop = stop
         self.stop.agent = self
         self.starting = False
+        self.ended_pids: set[int] = set()  # of ranks that still ran when another had failed
 
     def forward(self, number: int) -> bool:
         """Sends a signal to the ranks that run; False if none does or is about to."""
@@ -90,18 +91,25 @@ class Agent(LocalElasticAgent):
             if all(process.poll() is not None for process in self._processes()):
                 break
             time.sleep(0.1)
+        self.ended_pids |= {process.pid for process in self._processes() if process.poll() is None}
         self._end_processes(signal.SIGKILL if self.stop.signal else death_sig, PEERS_SECONDS)
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         if time.monotonic() > self.stop.deadline:
             self._end_processes(signal.SIGKILL, PEERS_SECONDS)
         result = super()._monitor_workers(worker_group)
-        if result.state == WorkerState.FAILED and (self.stop.signal or _causes(result.failures)[0][1].exitcode in FINAL):
-            self._remaining_restarts = 0
-        if result.state == WorkerState.FAILED and self._remaining_restarts:
-            left = self._remaining_restarts
-            print(f"{failure_summary(result.failures)}\nStarting all ranks again; {left - 1} restarts left.", file=sys.stderr)
+        if result.state == WorkerState.FAILED:
+            causes = self.causes(result.failures)
+            if self.stop.signal or causes[0][1].exitcode in FINAL:
+                self._remaining_restarts = 0
+            if left := self._remaining_restarts:
+                print(f"{_summary(causes)} Starting all ranks again; {left - 1} more restarts left.", file=sys.stderr)
         return result
+
+    def causes(self, failures: dict[int, ProcessFailure]) -> list[tuple[int, ProcessFailure]]:
+        """The ranks that ended by themselves, earliest first."""
+        by_time = sorted(failures.items(), key=lambda item: item[1].timestamp)
+        return [item for item in by_time if item[1].pid not in self.ended_pids] or by_time
 
 
 def main(argv: list[str]) -> int:
@@ -119,12 +127,13 @@ def main(argv: list[str]) -> int:
     try:
         run(args)
     except ChildFailedError as error:
-        code = _shell_code(_causes(error.failures)[0][1].exitcode)
-        if stop.signal is None or code not in (EXIT_RESUME, 128 + stop.signal, 128 + signal.SIGKILL):
-            print(failure_summary(error.failures), file=sys.stderr)
-            return code
+        causes = stop.agent.causes(error.failures)
+        code = _shell_code(causes[0][1].exitcode)
         if code == EXIT_RESUME:
-            print(f"Stopped by {stop.signal.name}, as asked: exit code {code}, start it again.", file=sys.stderr)
+            print(f"Stopped as asked (exit code {code}); the same command goes on.", file=sys.stderr)
+            return code
+        if stop.signal is None or code not in (128 + stop.signal, 128 + signal.SIGKILL):
+            print(_summary(causes), file=sys.stderr)
             return code
         late = f"; not within {stop.grace_seconds:g} s, so they were killed" if code == 128 + signal.SIGKILL else ""
         print(f"Stopped by {stop.signal.name}; all ranks have ended{late}.", file=sys.stderr)
@@ -142,21 +151,12 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def failure_summary(failures: dict[int, ProcessFailure]) -> str:
+def _summary(causes: list[tuple[int, ProcessFailure]]) -> str:
     """One line on the ranks that failed, without those that the launcher stopped because of them."""
-    causes = _causes(failures)
     ended = ", ".join(f"rank {rank} ended with {_describe(failure.exitcode)}" for rank, failure in causes)
     killed = any(failure.exitcode == -signal.SIGKILL for _, failure in causes)
     hint = "often the kernel's answer to no memory left: see dmesg" if killed else "its message stands above, first"
     return f"The job failed: {ended} ({hint})."
-
-
-def _causes(failures: dict[int, ProcessFailure]) -> list[tuple[int, ProcessFailure]]:
-    """The ranks that ended by themselves, earliest first. The others were stopped because of them: by SIGTERM, or frozen by SIGKILL."""
-    by_time = sorted(failures.items(), key=lambda item: item[1].timestamp)
-    hung = any(failure.exitcode == EXIT_HUNG for failure in failures.values())
-    stopped = (-signal.SIGTERM, -signal.SIGKILL) if hung else (-signal.SIGTERM,)
-    return [item for item in by_time if item[1].exitcode not in stopped] or by_time
 
 
 def _describe(exitcode: int) -> str:
