@@ -4,6 +4,7 @@ python -m tools.replay_batch runs/quickstart/20260102-030405/bad_batches/step_17
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -39,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     quiet_libraries()
     try:
         saved, batch = load_bad_batch(args.file)
-        config = load_config(args.config) if args.config else parse_json(saved["config"], str(args.file))
+        config = load_config(args.config) if args.config else parse_config(json.loads(saved["config"]), str(args.file))
         model = rebuild(config, args.weights)
         found = not_finite(config, model, batch)
     except UserError as e:
@@ -57,12 +58,6 @@ def main(argv: list[str] | None = None) -> int:
     if not found and not args.weights:
         print("the weights at that step may matter: give them with --weights")
     return 1 if found else 0
-
-
-def parse_json(text: str, origin: str) -> RunConfig:
-    import json
-
-    return parse_config(json.loads(text), origin)
 
 
 def rebuild(config: RunConfig, weights: Path | None) -> RankingModel:
