@@ -42,7 +42,7 @@ class DivergedError(UserError):
     """A loss or a gradient is no number any more, and the configuration says to stop at that."""
 
 
-class RollbackRequested(DivergedError):
+class RollbackRequested(DivergedError):  # noqa: N818
     """A loss or a gradient is no number any more, and the configuration says to go back to the last checkpoint.
 
     Attributes:

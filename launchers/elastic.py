@@ -27,7 +27,12 @@ from torch.distributed.run import parse_args, run
 
 from dlrm_scale.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_RESUME, EXIT_USAGE
 
-FINAL = (EXIT_FAILED, EXIT_USAGE, EXIT_RESUME, EXIT_INTERRUPTED)  # the same start would end the same way, or is not wanted
+FINAL = (
+    EXIT_FAILED,
+    EXIT_USAGE,
+    EXIT_RESUME,
+    EXIT_INTERRUPTED,
+)  # the same start would end the same way, or is not wanted
 GRACE_SECONDS = 30  # from the request to stop until ranks are killed
 PEERS_SECONDS = 5  # ranks whose peer has failed have nothing left to save; a frozen one heeds only SIGKILL
 

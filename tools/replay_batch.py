@@ -30,7 +30,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("file", type=Path, metavar="FILE", help="a file of a run's bad_batches/")
     parser.add_argument("--config", help="another configuration than the one in the file")
     parser.add_argument(
-        "--weights", type=Path, help="a plain state dict (.pt, or .safetensors) to run it with; else the initial weights"
+        "--weights",
+        type=Path,
+        help="a plain state dict (.pt, or .safetensors) to run it with; else the initial weights",
     )
     return parser
 
@@ -123,7 +125,11 @@ def _rows(values: Tensor) -> str:
     """Where a tensor is not finite, by its first dimension; empty where it is."""
     if not values.dim():
         return "" if torch.isfinite(values) else f"{values.item()}"
-    bad = (~torch.isfinite(values.reshape(len(values), -1))).any(dim=1).nonzero().flatten().tolist() if values.numel() else []
+    bad = (
+        (~torch.isfinite(values.reshape(len(values), -1))).any(dim=1).nonzero().flatten().tolist()
+        if values.numel()
+        else []
+    )
     return f"rows {', '.join(map(str, bad[:5]))}{f' and {len(bad) - 5} more' if len(bad) > 5 else ''}" if bad else ""
 
 

@@ -22,7 +22,9 @@ import torch.distributed as dist
 
 from dlrm_scale.errors import EXIT_HUNG
 
-Phase = Literal["start", "plan", "load", "data", "input_dist", "forward", "backward", "optimizer", "log", "save", "eval"]
+Phase = Literal[
+    "start", "plan", "load", "data", "input_dist", "forward", "backward", "optimizer", "log", "save", "eval"
+]
 LONG_PHASES = ("start", "plan", "load", "save", "eval")
 STORE_SECONDS = 5.0
 LOST_BEATS = 4  # a rank that has missed so many is frozen, or gone
@@ -202,7 +204,9 @@ class Watchdog:
             return own
         try:
             keys = [str(rank) for rank in range(self.world_size)]
-            return {int(k): Beat(**json.loads(self.store.get(k))) if self.store.check([k]) else None for k in keys} | own
+            return {
+                int(k): Beat(**json.loads(self.store.get(k))) if self.store.check([k]) else None for k in keys
+            } | own
         except (dist.DistError, RuntimeError):
             return own
 

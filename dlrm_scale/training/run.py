@@ -164,7 +164,9 @@ def _train(
     if result.preempted:
         dist.barrier()  # no rank ends, and has the launcher end the others, before all have saved
         if console:
-            console.print(f"stopped as asked after step {result.num_steps} of {train_reader.num_steps}", highlight=False)
+            console.print(
+                f"stopped as asked after step {result.num_steps} of {train_reader.num_steps}", highlight=False
+            )
         return result
     memory: list[dict[str, int]] | None = [{}] * rank.world_size if rank.is_first else None
     dist.gather_object(peak_memory_bytes(rank.device), memory, dst=0)

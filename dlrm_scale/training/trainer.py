@@ -13,11 +13,11 @@ from torchrec.distributed.train_pipeline import TrainPipelineBase, TrainPipeline
 
 from dlrm_scale.config import RunConfig
 from dlrm_scale.data.batch import RecBatch
+from dlrm_scale.models.ranking_model import Predictions
 from dlrm_scale.resilience.account import Account
 from dlrm_scale.resilience.guards import Guard
 from dlrm_scale.resilience.straggler import OwnTime, slowest
 from dlrm_scale.resilience.watchdog import Watchdog
-from dlrm_scale.models.ranking_model import Predictions
 from dlrm_scale.sharding.apply import ShardedModel
 from dlrm_scale.training.bad_batches import BadBatches
 from dlrm_scale.training.clock import StepClock
@@ -235,7 +235,9 @@ class Trainer:
         step = self.result.num_steps
         self.board.scalars("straggler", {"slowest_rank": rank, "slowest_over_median": ratio}, step)
         if ratio > self.config.resilience.straggler_ratio:
-            self.progress.note(f"step {step}: rank {rank} takes {ratio:.1f} x the others' time for the dense forward pass")
+            self.progress.note(
+                f"step {step}: rank {rank} takes {ratio:.1f} x the others' time for the dense forward pass"
+            )
 
     def _speed_since_last_log(self) -> float | None:
         samples, seconds = self.result.timed_samples - self.logged[0], self.result.timed_seconds - self.logged[1]

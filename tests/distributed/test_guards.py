@@ -77,7 +77,11 @@ def trained(
     pipeline None: the shortest loop there is, without a guard. overflow: a dense gradient of rank 1 is inf at number BAD.
     """
     model = shard_model(
-        build_model(config, dense_device=torch.device("cpu")), plan, config.train.sparse, torch.device("cpu"), config.seed
+        build_model(config, dense_device=torch.device("cpu")),
+        plan,
+        config.train.sparse,
+        torch.device("cpu"),
+        config.seed,
     )
     optimizer = TrainOptimizer(model, config.train, NUM_BATCHES)
     stream = batches_of(config, change)
@@ -116,7 +120,11 @@ def parity(config: RunConfig, plan: Plan) -> list[str]:
         guarded, _, found = trained(config, plan, pipeline)
         wrong += [f"{pipeline}: {name}" for name in differing(guarded, plain)] + [str(bad) for bad in found]
     start = shard_model(
-        build_model(config, dense_device=torch.device("cpu")), plan, config.train.sparse, torch.device("cpu"), config.seed
+        build_model(config, dense_device=torch.device("cpu")),
+        plan,
+        config.train.sparse,
+        torch.device("cpu"),
+        config.seed,
     )
     untrained = state_of(start, TrainOptimizer(start, config.train, NUM_BATCHES))
     moved = sum(not torch.equal(value, untrained[name]) for name, value in plain.items() if name in untrained)
@@ -149,7 +157,9 @@ MIXED = {
 
 def mixed_config(accumulate_steps: int = 1, **train: Any) -> RunConfig:
     """Dense Adam, and tables of four types."""
-    return tiny_config(sharding={"tables": MIXED}, train={"accumulate_steps": accumulate_steps, "sparse": ADAGRAD, **train})
+    return tiny_config(
+        sharding={"tables": MIXED}, train={"accumulate_steps": accumulate_steps, "sparse": ADAGRAD, **train}
+    )
 
 
 def bad_batch(config: RunConfig, plan: Plan, pipeline: str, change: str | None, instead: str | None) -> dict[str, Any]:
@@ -178,8 +188,10 @@ def test_a_bad_micro_batch_is_left_out_of_its_step(two_ranks):
     results = two_ranks.run(bad_batch, config, make_plan(config, 2, 2), "sparse_dist", "nan", "weightless")
     for result in results:
         assert result["changed"] != []  # the step's first micro-batch was applied with it, by the dense optimizer
-        assert all(name.startswith(("dense", "model dense", "replicated", "model embeddings.ebc.embedding_bags.tag"))
-                   for name in result["changed"])
+        assert all(
+            name.startswith(("dense", "model dense", "replicated", "model embeddings.ebc.embedding_bags.tag"))
+            for name in result["changed"]
+        )
         assert result["differs"] == []
 
 
@@ -219,7 +231,11 @@ def train(config: RunConfig, plan: Plan, run_dir: Path, bad: tuple[int, ...]) ->
     """(how it ended, steps, losses, micro-batches skipped)"""
     rank = this_rank("cpu")
     model = shard_model(
-        build_model(config, dense_device=torch.device("cpu")), plan, config.train.sparse, torch.device("cpu"), config.seed
+        build_model(config, dense_device=torch.device("cpu")),
+        plan,
+        config.train.sparse,
+        torch.device("cpu"),
+        config.seed,
     )
     reader = Poisoned(config, rank, open_source(config.data, config.features, "train", config.seed))
     reader.bad = bad

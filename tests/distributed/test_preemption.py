@@ -39,7 +39,11 @@ def train(config: RunConfig, plan: Plan, run_dir: Path, at_by_rank: list[int | N
     """(steps, preempted, evaluated) on this rank, which is signalled after its step of `at_by_rank`."""
     rank = this_rank("cpu")
     model = shard_model(
-        build_model(config, dense_device=torch.device("cpu")), plan, config.train.sparse, torch.device("cpu"), config.seed
+        build_model(config, dense_device=torch.device("cpu")),
+        plan,
+        config.train.sparse,
+        torch.device("cpu"),
+        config.seed,
     )
     eval_reader = EvalReader(config, rank, open_source(config.data, config.features, "eval", config.seed))
     handler = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGUSR1)
@@ -64,7 +68,9 @@ def test_all_ranks_stop_after_one_and_the_same_step(two_ranks, tmp_path):
         (steps, preempted, evaluated), other = results
         first = min(at for at in signals if at)
         assert (steps, preempted) == other[:2] and preempted and not evaluated
-        assert first < steps <= first + 8  # what was read ahead: the queue, the reader's next step, the pipeline's batches
+        assert (
+            first < steps <= first + 8
+        )  # what was read ahead: the queue, the reader's next step, the pipeline's batches
         result = audit(tmp_path / str(number) / "account")
         assert result.faults == [] and result.num_steps == steps and result.num_samples == steps * 64
 

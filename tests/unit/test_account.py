@@ -24,7 +24,12 @@ def attempt_of(folder, number: int, world_size: int, first_step: int, last_step:
         lanes = LANES // world_size
         reader = Reader(source, whole, range(rank * lanes, (rank + 1) * lanes), ACCUMULATE)
         header = Attempt(
-            number, rank, world_size, first_step, whole.steps_per_epoch, whole.lane_batch_size,
+            number,
+            rank,
+            world_size,
+            first_step,
+            whole.steps_per_epoch,
+            whole.lane_batch_size,
             [(r.start, r.stop) for r in map(whole.lane_range, range(LANES))],
         )
         account = Account(folder, header, ACCUMULATE)
