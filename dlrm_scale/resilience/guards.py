@@ -133,7 +133,7 @@ class Guard:
 
     def _note_iterations(self, module: nn.Module, args: Any) -> None:
         if torch.is_grad_enabled():
-            self.iterations |= {kernel: int(kernel.iter_cpu) for kernel in _kernels(module)}
+            self.iterations |= {kernel: int(kernel.iter_cpu) for kernel in fused_kernels(module)}
 
     def _cut_lookups(self, module: nn.Module, args: Any, output: Any) -> None:
         """Sets a cut behind each sharded lookup. Replicated tables' gradients wait for the optimizer, so they need none."""
@@ -155,6 +155,7 @@ def _any_bad(tensors: list[Tensor], like: Tensor) -> Tensor:
     return ~torch.isfinite(torch.stack([norm.float() for norm in largest])).all()
 
 
-def _kernels(collection: nn.Module) -> list[SplitTableBatchedEmbeddingBagsCodegen]:
+def fused_kernels(collection: nn.Module) -> list[SplitTableBatchedEmbeddingBagsCodegen]:
+    """FBGEMM's modules of a sharded collection."""
     lookups = (module for lookup in collection._lookups for module in lookup.modules())
     return [m for m in lookups if isinstance(m, SplitTableBatchedEmbeddingBagsCodegen)]

@@ -16,7 +16,7 @@ from dlrm_scale.data.batch import RecBatch
 from dlrm_scale.data.open import open_source
 from dlrm_scale.errors import DivergedError, RollbackRequested
 from dlrm_scale.models.ranking_model import build_model
-from dlrm_scale.resilience.guards import DENSE, LOOKUPS, LOSS, Guard, NonFinite
+from dlrm_scale.resilience.guards import DENSE, LOOKUPS, LOSS, Guard, NonFinite, fused_kernels
 from dlrm_scale.sharding.apply import ShardedModel, shard_model
 from dlrm_scale.sharding.plan import Plan
 from dlrm_scale.training.monitor import Board
@@ -34,9 +34,19 @@ ADAGRAD = {"name": "rowwise_adagrad", "lr": 0.1}
 State = dict[str, torch.Tensor]
 
 
+def new_model(config: RunConfig, plan: Plan) -> ShardedModel:
+    device = torch.device(plan.request.cluster.device)
+    return shard_model(build_model(config, dense_device=device), plan, config.train.sparse, device, config.seed)
+
+
 def state_of(model: ShardedModel, optimizer: TrainOptimizer) -> State:
     """Copies of all that a rank holds: its shards of tables and fused states, dense parameters and their states."""
     found: dict[str, Any] = {f"model {name}": value for name, value in model.module.state_dict().items()}
+    tables = model.module.embeddings
+    kernels = [kernel for tables_of in (tables.ebc, tables.ec) for kernel in fused_kernels(tables_of)]
+    found |= {f"iteration {i}": k.iter for i, k in enumerate(kernels)} | {
+        f"cpu {i}": k.iter_cpu for i, k in enumerate(kernels)
+    }
     for key, state in optimizer.fused.state_dict()["state"].items():
         found |= {f"fused {key} {name}": value for name, value in state.items()}
     for kind, plain in (("dense", optimizer.dense), ("replicated", optimizer.replicated)):
@@ -55,7 +65,7 @@ def differing(mine: State, other: State) -> list[str]:
 
 
 def batches_of(config: RunConfig, change: str | None) -> Iterator[RecBatch]:
-    """The first NUM_BATCHES micro-batches; number BAD is left out, weightless on every rank, or has a NaN on rank 1."""
+    """The first NUM_BATCHES micro-batches; number BAD is left out, weightless on every rank, or has a NaN on the last rank."""
     rank = this_rank("cpu")
     reader = TrainReader(config, rank, open_source(config.data, config.features, "train", config.seed))
     with reader.batches() as stream:
@@ -64,7 +74,7 @@ def batches_of(config: RunConfig, change: str | None) -> Iterator[RecBatch]:
                 continue
             if i == BAD and change == "weightless":
                 batch.weights_B.zero_()
-            if i == BAD and change == "nan" and rank.index == 1:
+            if i == BAD and change == "nan" and rank.index == rank.world_size - 1:
                 batch.dense_BF[2, 0] = math.nan
             yield batch
 
@@ -76,19 +86,13 @@ def trained(
 
     pipeline None: the shortest loop there is, without a guard. overflow: a dense gradient of rank 1 is inf at number BAD.
     """
-    model = shard_model(
-        build_model(config, dense_device=torch.device("cpu")),
-        plan,
-        config.train.sparse,
-        torch.device("cpu"),
-        config.seed,
-    )
+    model = new_model(config, plan)
     optimizer = TrainOptimizer(model, config.train, NUM_BATCHES)
     stream = batches_of(config, change)
     if pipeline is None:
         for batch in stream:
             optimizer.zero_grad()
-            loss, _ = model(batch)
+            loss, _ = model(batch.to(model.device))
             loss.backward()
             optimizer.step()
         return state_of(model, optimizer), [], []
@@ -96,7 +100,7 @@ def trained(
     tables = model.module.embeddings
     parameters = [*optimizer.dense_parameters, *optimizer.replicated_parameters]
     guard = Guard([tables.ebc, tables.ec], parameters, found.append)
-    runner = PIPELINES[pipeline](model, optimizer, torch.device("cpu"))
+    runner = PIPELINES[pipeline](model, optimizer, model.device)
     runner._backward = guard.backward
     number, around = 0, []
     if overflow and dist.get_rank() == 1:
@@ -119,13 +123,7 @@ def parity(config: RunConfig, plan: Plan) -> list[str]:
     for pipeline in PIPELINES:
         guarded, _, found = trained(config, plan, pipeline)
         wrong += [f"{pipeline}: {name}" for name in differing(guarded, plain)] + [str(bad) for bad in found]
-    start = shard_model(
-        build_model(config, dense_device=torch.device("cpu")),
-        plan,
-        config.train.sparse,
-        torch.device("cpu"),
-        config.seed,
-    )
+    start = new_model(config, plan)
     untrained = state_of(start, TrainOptimizer(start, config.train, NUM_BATCHES))
     moved = sum(not torch.equal(value, untrained[name]) for name, value in plain.items() if name in untrained)
     return wrong if moved > 4 else [*wrong, "nothing was trained"]
@@ -230,13 +228,7 @@ class Poisoned(TrainReader):
 def train(config: RunConfig, plan: Plan, run_dir: Path, bad: tuple[int, ...]) -> tuple[str, int, list[float], int]:
     """(how it ended, steps, losses, micro-batches skipped)"""
     rank = this_rank("cpu")
-    model = shard_model(
-        build_model(config, dense_device=torch.device("cpu")),
-        plan,
-        config.train.sparse,
-        torch.device("cpu"),
-        config.seed,
-    )
+    model = new_model(config, plan)
     reader = Poisoned(config, rank, open_source(config.data, config.features, "train", config.seed))
     reader.bad = bad
     trainer = Trainer(config, rank, model, reader, None, Board(None), Progress(None, 0), run_dir)
