@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +67,9 @@ def batches_of(config: RunConfig, change: str | None) -> Iterator[RecBatch]:
     """The first NUM_BATCHES micro-batches; number BAD is left out, weightless on every rank, or has a NaN on the last rank."""
     rank = this_rank("cpu")
     reader = TrainReader(config, rank, open_source(config.data, config.features, "train", config.seed))
+    reader.num_steps = NUM_BATCHES // config.train.accumulate_steps  # all ranks' readers must come to their end
     with reader.batches() as stream:
-        for i, batch in enumerate(islice(stream, NUM_BATCHES)):
+        for i, batch in enumerate(stream):
             if i == BAD and change == "without":
                 continue
             if i == BAD and change == "weightless":
@@ -190,7 +190,8 @@ def test_a_bad_micro_batch_is_left_out_of_its_step(two_ranks):
             name.startswith(("dense", "model dense", "replicated", "model embeddings.ebc.embedding_bags.tag"))
             for name in result["changed"]
         )
-        assert result["differs"] == []
+        # a weightless micro-batch counts as a step of the kernels, a dropped one does not
+        assert all(name.startswith(("iteration", "cpu")) for name in result["differs"])
 
 
 def test_an_overflow_of_a_dense_gradient_alone_is_found(two_ranks):
