@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from dlrm_scale.checkpoint_config import CheckpointConfig
 from dlrm_scale.errors import ConfigError
 from dlrm_scale.features import FeatureSchema
+from dlrm_scale.resilience_config import ResilienceConfig
 from dlrm_scale.strict import Strict
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -265,6 +266,12 @@ class TrainConfig(Strict):
         "fp32", description="of the dense arch's products; losses, norms and tables stay fp32"
     )
     clip_grad_norm: float | None = Field(None, gt=0, description="over all dense gradients; None: no clipping")
+    nonfinite: Literal["stop", "skip", "rollback"] = Field(
+        "stop",
+        description="at a loss or gradient that is no number, before anything has learned from it: end the run, drop the "
+        "micro-batch, or go back to the last checkpoint and leave out the step",
+    )
+    max_skipped: int = Field(10, ge=0, description="micro-batches in a row that nonfinite=skip drops before it stops")
     sparse: SparseOptimizer = SparseOptimizer()
     dense: DenseOptimizer = DenseOptimizer()
     schedule: Schedule = Schedule()
@@ -303,6 +310,7 @@ class RunConfig(Strict):
     eval: EvalConfig = EvalConfig()
     log: LogConfig = LogConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    resilience: ResilienceConfig = ResilienceConfig()
     output: OutputConfig = OutputConfig()
 
     @model_validator(mode="after")

@@ -1,20 +1,29 @@
-"""Faults of the user's making: shown as one screen of text, never as a traceback.
+"""Faults of the user's making: shown as one screen of text, never as a traceback; and how a process says how it ended.
 
 Each message gives the rule, the values that break it and the way out. Faults of ours stay ordinary
 exceptions (or `assert`) and keep their traceback.
 """
 
+# Exit codes of a rank, and of the launcher that started it; docs/reliability.md says who does what on each.
+EXIT_FAILED = 1  # a user's fault: the same command would end the same way
+EXIT_USAGE = 2
+EXIT_LOST_PEER = 69  # EX_UNAVAILABLE: another rank is gone
+EXIT_CRASHED = 70  # EX_SOFTWARE: a fault of ours, with its traceback
+EXIT_HUNG = 71  # the watchdog ended the job
+EXIT_RESUME = 75  # EX_TEMPFAIL: state saved as asked by a signal, start me again
+EXIT_INTERRUPTED = 130  # Ctrl-C; 128 + n: ended by signal n
+
 
 class UserError(ValueError):
     """A fault that the user can mend; the process ends with `exit_code`."""
 
-    exit_code = 1
+    exit_code = EXIT_FAILED
 
 
 class ConfigError(UserError):
     """The command line or a configuration file asks for something that is not valid."""
 
-    exit_code = 2
+    exit_code = EXIT_USAGE
 
 
 class DataError(UserError):
@@ -30,7 +39,19 @@ class NoPlanError(PlanError):
 
 
 class DivergedError(UserError):
-    """The loss is no number any more: what was trained is lost."""
+    """A loss or a gradient is no number any more, and the configuration says to stop at that."""
+
+
+class RollbackRequested(DivergedError):  # noqa: N818
+    """A loss or a gradient is no number any more, and the configuration says to go back to the last checkpoint.
+
+    Attributes:
+        step: the 0-based step to leave out when its turn comes again.
+    """
+
+    def __init__(self, message: str, step: int) -> None:
+        super().__init__(message)
+        self.step = step
 
 
 class CheckpointError(UserError):
@@ -39,3 +60,9 @@ class CheckpointError(UserError):
 
 class PeerError(DataError):
     """Another rank could not go on; what it says itself is what matters."""
+
+
+class LostPeerError(PeerError):
+    """The connection to another rank broke: it died, or its machine did."""
+
+    exit_code = EXIT_LOST_PEER

@@ -11,6 +11,8 @@ usage: launchers/torchrun.sh [options] --config FILE [key=value ...]
   --nnodes N                machines of the job; default: 1
   --node-rank R             which of them this is: 0 .. N-1; machine 0 hosts the rendezvous
   --rdzv-endpoint HOST:PORT where machine 0 is reached from all of them
+  --max-restarts N          start all ranks again after one was killed, crashed or hung, so often; default: 0
+  --grace SECONDS           that ranks get to save after SIGTERM or SIGUSR1, before they are killed; default: 30
   key=value                 overrides of the config: train.max_steps=100
 
 Python: .venv/bin/python of this repository, or else python on the PATH; the variable PYTHON names another.
@@ -31,16 +33,18 @@ whole() { # name value least
     if ! [[ $2 =~ ^(0|[1-9][0-9]{0,5})$ ]] || (($2 < $3)); then fail "$1 must be a whole number from $3, but is '$2'"; fi
 }
 
-nproc="" nnodes=1 node_rank="" endpoint="" config="" overrides=()
+max_restarts=0 grace=30 nproc="" nnodes=1 node_rank="" endpoint="" config="" overrides=()
 while (($#)); do
     case $1 in
     -h | --help) usage && exit 0 ;;
-    --nproc | --nnodes | --node-rank | --rdzv-endpoint | --config)
+    --nproc | --nnodes | --node-rank | --rdzv-endpoint | --config | --max-restarts | --grace)
         (($# > 1)) || fail "$1 needs a value"
         case $1 in
         --nproc) whole "$1" "$2" 1 && nproc=$2 ;;
         --nnodes) whole "$1" "$2" 1 && nnodes=$2 ;;
         --node-rank) whole "$1" "$2" 0 && node_rank=$2 ;;
+        --max-restarts) whole "$1" "$2" 0 && max_restarts=$2 ;;
+        --grace) whole "$1" "$2" 0 && grace=$2 ;;
         --rdzv-endpoint) endpoint=$2 ;;
         --config) config=$2 ;;
         esac
@@ -77,4 +81,5 @@ python=${PYTHON:-$root/.venv/bin/python}
 
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 exec "$python" -m launchers.elastic "${rendezvous[@]}" --nproc-per-node "$nproc" \
+    --max-restarts "$max_restarts" --shutdown-timeout "$grace" \
     -m dlrm_scale.training.main --config "$config" "${overrides[@]}"

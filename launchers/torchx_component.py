@@ -2,7 +2,8 @@
 
     torchx run -s local_cwd launchers/torchx_component.py:train --config configs/quickstart.yaml --nproc 2
 
-Each replica is one machine and runs launchers/torchrun.sh, so that a job behaves the same however it is started.
+Each replica is one machine and runs launchers/torchrun.sh, so that a job behaves the same however it is started. A job that
+ends with exit code 75 has saved and may be started again by the same command; TorchX shows it as FAILED and does not do it.
 """
 
 import shlex
@@ -22,6 +23,7 @@ def train(
     cpu: int = 2,
     gpu: int = 0,
     memMB: int = 8192,
+    max_restarts: int = 0,
     image: str = torchx.IMAGE,
 ) -> specs.AppDef:
     """Trains what a config file says.
@@ -34,6 +36,7 @@ def train(
         cpu: cores to ask for, on each machine
         gpu: GPUs to ask for, on each machine
         memMB: memory to ask for, on each machine
+        max_restarts: times that a machine's launcher starts its ranks again after one was killed, crashed or hung
         image: container image with this repository as its working directory (container schedulers only)
     """
     # TorchX turns $$ into $. Each scheduler has its own name (rank0_env) for the variable with machine 0's address;
@@ -41,7 +44,7 @@ def train(
     endpoint = f'"$${{{macros.rank0_env}:-localhost}}:{RENDEZVOUS_PORT}"'
     multi_node = f"--node-rank {macros.replica_id} --rdzv-endpoint {endpoint}" if nnodes > 1 else ""
     command = (
-        f"exec launchers/torchrun.sh --nproc {nproc} --nnodes {nnodes} {multi_node} "
+        f"exec launchers/torchrun.sh --nproc {nproc} --nnodes {nnodes} {multi_node} --max-restarts {max_restarts} "
         f"--config {shlex.quote(config)} {shlex.join(overrides)}"
     )
     return specs.AppDef(

@@ -33,6 +33,7 @@ class StepStatus:
     weight_sum: float
     ended: bool
     failed: bool
+    stop: bool = False  # asked to, by a signal
 
 
 @dataclass(frozen=True)
@@ -42,11 +43,12 @@ class StepAgreement:
     mean_rank_weight: float
     all_ended: bool
     any_failed: bool
+    any_stop: bool = False
 
 
 def agree_alone(status: StepStatus) -> StepAgreement:
     """The agreement of one process with itself."""
-    return StepAgreement(status.weight_sum, status.ended, status.failed)
+    return StepAgreement(status.weight_sum, status.ended, status.failed, status.stop)
 
 
 class Reader:
@@ -59,6 +61,7 @@ class Reader:
     Attributes:
         mended: what policy changed in the rows read of the epoch under way. A window that several lanes read counts for the
             one that holds its first row, so that over all ranks and a whole epoch each row counts once.
+        on_read: called with (epoch, micro-batch of the epoch, positions [start, stop) of each lane) before each yield.
     """
 
     def __init__(self, source: Source, order: Order, owned_lanes: range, accumulate_steps: int = 1) -> None:
@@ -70,6 +73,7 @@ class Reader:
         self._open: dict[Window, Rows] = {}
         self._counted: tuple[int, dict[int, dict[str, int]]] = (0, {})
         self._earlier = self._counted
+        self.on_read: Callable[[int, int, list[tuple[int, int]]], None] | None = None
 
     @property
     def mended(self) -> Counter[str]:
@@ -101,10 +105,13 @@ class Reader:
         for micro_batch in range(
             first_step * self.accumulate_steps, self.order.steps_per_epoch * self.accumulate_steps
         ):
-            parts = []
+            parts, ranges = [], []
             for lane in self.owned_lanes:
                 positions = self.order.lane_range(lane)[micro_batch * num_rows : (micro_batch + 1) * num_rows]
                 parts += self._read(windows, starts, positions)
+                ranges.append((positions.start, positions.stop))
+            if self.on_read:
+                self.on_read(epoch, micro_batch, ranges)
             yield concatenate(parts) if parts else take(self._rows_of(windows[0]), np.arange(0))
 
     def _read(self, windows: list[Window], starts: np.ndarray, positions: range) -> Iterator[Rows]:
@@ -182,7 +189,8 @@ def batches(
 ) -> Iterator[RecBatch]:
     """Micro-batches of rows as batches of one size, filled up with rows of weight 0; `accumulate_steps` of them are a step.
 
-    All ranks end together: one whose rows have ended goes on with batches of weight 0 until the last rank's have. Each
+    All ranks end together: one whose rows have ended goes on with batches of weight 0 until the last rank's have, and when
+    one is asked to stop, no rank gives out the step that they then agree on. Each
     batch is given the weight of its whole step, so that the micro-batches' losses add up to the global batch's mean.
 
     Raises:
@@ -198,7 +206,7 @@ def batches(
         agreed = agree(StepStatus(weight_sum, ended=not step, failed=False))
         if agreed.any_failed:
             raise PeerError("another rank could not read its data; its own error says why")
-        if agreed.all_ended:
+        if agreed.all_ended or agreed.any_stop:
             return
         step += [_no_rows(schema)] * (accumulate_steps - len(step))
         for rows in step:

@@ -78,7 +78,8 @@ class RunCheckpoints:
         """Saves the state between two steps. Raises CheckpointError: too many saves failed in a row."""
         model = ModelState(self.plan, trainer.model, trainer.optimizer)
         assert trainer.optimizer.micro_batch == 0, "a save in the middle of an optimizer step"
-        progress = trainer.result.progress() | {"steps_in_loss": trainer.loss.num_steps}
+        in_loss = {"steps": trainer.loss.num_steps, "micro_batches": trainer.loss.num_micro_batches}
+        progress = trainer.result.progress() | {"in_loss": in_loss}
         step, samples = trainer.result.num_steps, trainer.result.samples_consumed
         identity = trainer.train_reader.reader.order.identity
 

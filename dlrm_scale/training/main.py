@@ -7,11 +7,24 @@ import argparse
 import os
 import sys
 import time
+import traceback
 
 from dlrm_scale.config_io import dump_config, fingerprint, load_config
-from dlrm_scale.errors import CheckpointError, ConfigError, DivergedError, PeerError, UserError
+from dlrm_scale.errors import (
+    EXIT_CRASHED,
+    EXIT_INTERRUPTED,
+    EXIT_RESUME,
+    CheckpointError,
+    ConfigError,
+    DivergedError,
+    LostPeerError,
+    PeerError,
+    UserError,
+)
+from dlrm_scale.resilience.preemption import Preemption
 
 OTHERS_FIRST_SECONDS = 10.0
+STARTED_AT = time.time()
 LOST_PEER = ("Connection closed by peer", "Connection reset by peer")  # gloo's words
 
 
@@ -32,7 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0: trained; 1: failed; 2: the command line or configuration is not valid."""
+    """One of the exit codes of dlrm_scale/errors.py; 0: trained."""
     args = build_parser().parse_intermixed_args(argv)
     try:
         config = load_config(args.config, args.overrides)
@@ -40,22 +53,23 @@ def main(argv: list[str] | None = None) -> int:
             print(f"# fingerprint {fingerprint(config)}\n{dump_config(config)}", end="")
             return 0
         quiet_libraries()
-        from dlrm_scale.training.run import (
-            run,
-        )  # the libraries take seconds to load, which a wrong key need not wait for
+        with Preemption() as preemption:
+            # the libraries take seconds to load, which a wrong key need not wait for
+            from dlrm_scale.training.run import run
 
-        run(config)
+            result = run(config, preemption, STARTED_AT)
     except UserError as e:
         return _tell(e)
     except RuntimeError as e:
         if any(lost in str(e) for lost in LOST_PEER):
-            return _tell(
-                PeerError(f"lost the connection to another rank ({str(e).splitlines()[0]}); its own error says why")
-            )
-        raise
+            why = str(e).splitlines()[0]
+            return _tell(LostPeerError(f"lost the connection to another rank ({why}); its own error says why"))
+        return _crashed()
     except KeyboardInterrupt:
-        return 130
-    return 0
+        return EXIT_INTERRUPTED
+    except Exception:
+        return _crashed()
+    return EXIT_RESUME if result is not None and result.preempted else 0
 
 
 def quiet_libraries() -> None:
@@ -68,6 +82,11 @@ def quiet_libraries() -> None:
     for name in ("torch", "torch.fx._symbolic_trace", "torchrec", "fbgemm_gpu", "root"):
         logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+
+def _crashed() -> int:
+    traceback.print_exc()
+    return EXIT_CRASHED
 
 
 def _tell(error: UserError) -> int:

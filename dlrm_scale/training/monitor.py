@@ -22,6 +22,15 @@ class RunningLoss:
 
     sum: torch.Tensor
     num_steps: int = 0
+    num_micro_batches: int = 0
+
+    def add(self, loss: torch.Tensor) -> None:
+        self.sum += loss
+        self.num_micro_batches += 1
+
+    def clear(self) -> None:
+        self.sum.zero_()
+        self.num_steps = self.num_micro_batches = 0
 
 
 class PredictionStore:

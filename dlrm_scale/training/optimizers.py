@@ -81,10 +81,10 @@ class TrainOptimizer:
 
     def __init__(self, model: ShardedModel, config: TrainConfig, total_steps: int) -> None:
         trained_here = list(in_backward_optimizer_filter(model.module.named_parameters()))
-        replicated = [p for name, p in trained_here if name.startswith(TABLES)]
         self.replicated_tables = {n.split(".")[-2]: p for n, p in trained_here if n.startswith(TABLES)}
         self.dense_parameters = [p for name, p in trained_here if not name.startswith(TABLES)]
         self.dense = _dense_optimizer(self.dense_parameters, config.dense)
+        replicated = list(self.replicated_tables.values())
         self.replicated = ReplicatedTableOptimizer(replicated, config.sparse) if replicated else None
         self.fused = model.fused_optimizer
         self.config = config

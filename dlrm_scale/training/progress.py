@@ -57,6 +57,10 @@ class Progress:
         elif self.console:
             self.console.print(f"step {step}/{self.num_steps}  {text}", highlight=False)
 
+    def note(self, text: str) -> None:
+        if self.console:
+            self.console.print(f"note: {text}", highlight=False)
+
     def log_eval(self, step: int, metrics: Metrics) -> None:
         if self.console:
             self.console.print(f"step {step}/{self.num_steps}  held-out {summary(metrics)}", highlight=False)

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from dlrm_scale.config import Device
 from dlrm_scale.data.loader import StepAgreement, StepStatus
 from dlrm_scale.errors import ConfigError
+from dlrm_scale.resilience.watchdog import restart_number
 
 
 @dataclass(frozen=True)
@@ -52,20 +53,19 @@ def this_rank(device: Device) -> Rank:
 def process_group(rank: Rank) -> Iterator[None]:
     """The default process group: gloo, and NCCL for tensors on GPUs.
 
-    Each attempt of torchrun has a store prefix of its own: the agent's store outlives a restart, and ranks that read the
+    Each start of the ranks by one launcher has a store prefix of its own: the agent's store outlives a restart, and ranks that read the
     last attempt's addresses there hang.
     """
     if "MASTER_ADDR" in os.environ:
         store = next(dist.rendezvous("env://", rank.index, rank.world_size))[0]
     else:
         store = dist.HashStore()
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     on_cuda = rank.device.type == "cuda"
     if on_cuda:
         torch.cuda.set_device(rank.device)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if on_cuda else "gloo",
-        store=dist.PrefixStore(f"attempt_{attempt}", store),
+        store=dist.PrefixStore(f"attempt_{restart_number()}", store),
         rank=rank.index,
         world_size=rank.world_size,
         device_id=rank.device if on_cuda else None,
@@ -107,9 +107,15 @@ def make_agree() -> Callable[[StepStatus], StepAgreement]:
     num_ranks = dist.get_world_size()
 
     def agree(status: StepStatus) -> StepAgreement:
-        sums = torch.tensor([status.weight_sum, float(not status.ended), float(status.failed)], dtype=torch.float64)
+        counts = (not status.ended, status.failed, status.stop)
+        sums = torch.tensor([status.weight_sum, *map(float, counts)], dtype=torch.float64)
         dist.all_reduce(sums, group=group)
-        weight, num_going, num_failed = sums.tolist()
-        return StepAgreement(mean_rank_weight=weight / num_ranks, all_ended=num_going == 0, any_failed=num_failed > 0)
+        weight, num_going, num_failed, num_stopping = sums.tolist()
+        return StepAgreement(
+            mean_rank_weight=weight / num_ranks,
+            all_ended=num_going == 0,
+            any_failed=num_failed > 0,
+            any_stop=num_stopping > 0,
+        )
 
     return agree

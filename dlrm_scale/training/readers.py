@@ -2,22 +2,30 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from itertools import islice
 
 from dlrm_scale.config import RunConfig
 from dlrm_scale.data.batch import RecBatch
-from dlrm_scale.data.loader import Reader, batches, prefetch
+from dlrm_scale.data.loader import Reader, StepAgreement, StepStatus, batches, prefetch
 from dlrm_scale.data.order import Order
 from dlrm_scale.data.source import Rows, Source
 from dlrm_scale.errors import ConfigError
+from dlrm_scale.resilience.preemption import Preemption
 from dlrm_scale.training.ranks import Rank, make_agree
 
 
 class TrainReader:
-    """This rank's micro-batches of every epoch. Making one is collective."""
+    """This rank's micro-batches of every epoch, up to the step at which a signal to any rank stops all. Making one is collective.
 
-    def __init__(self, config: RunConfig, rank: Rank, source: Source) -> None:
-        self.config, self.agree, self.accumulate_steps = config, make_agree(), config.train.accumulate_steps
+    Attributes:
+        stopped: whether that has come to pass, at a step some way ahead of the trainer's.
+    """
+
+    def __init__(self, config: RunConfig, rank: Rank, source: Source, preemption: Preemption | None = None) -> None:
+        self.config, self.accumulate_steps = config, config.train.accumulate_steps
+        self.agree_with_ranks, self.agree = make_agree(), self._agree_or_stop
+        self.preemption, self.stopped = preemption, False
         self.reader = _reader(
             config,
             rank,
@@ -38,6 +46,12 @@ class TrainReader:
         """Samples that all ranks have trained on after so many steps: the data position."""
         epoch, step = divmod(num_steps - 1, self.reader.order.steps_per_epoch)
         return self.reader.order.consumed_after(epoch, step)
+
+    def _agree_or_stop(self, status: StepStatus) -> StepAgreement:
+        requested = self.preemption is not None and self.preemption.requested is not None
+        agreed = self.agree_with_ranks(replace(status, stop=requested))
+        self.stopped = self.stopped or agreed.any_stop
+        return agreed
 
     def _rows(self, first_epoch: int, first_step: int) -> Iterator[Rows]:
         epochs = (

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import platform
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +16,7 @@ from rich.table import Table
 from dlrm_scale.cluster import ClusterSpec
 from dlrm_scale.config import RunConfig
 from dlrm_scale.config_io import fingerprint
+from dlrm_scale.resilience.goodput import Goodput
 from dlrm_scale.sharding.plan import Plan
 from dlrm_scale.training.clock import STAGES
 from dlrm_scale.training.monitor import Metrics, percentiles
@@ -48,7 +50,9 @@ def print_start(console: Console, config: RunConfig, plan: Plan, run_dir: Path, 
         )
 
 
-def print_end(console: Console, config: RunConfig, result: TrainResult, oracle: Metrics | None, run_dir: Path) -> None:
+def print_end(
+    console: Console, config: RunConfig, result: TrainResult, oracle: Metrics | None, run_dir: Path, goodput: Goodput
+) -> None:
     """Held-out metrics beside the oracle's (the best any model can do, where the data knows it), speed, and what next."""
     if result.eval_metrics:
         table = Table(title=f"{config.name}: held-out after {result.samples_consumed:,} samples", title_justify="left")
@@ -69,6 +73,12 @@ def print_end(console: Console, config: RunConfig, result: TrainResult, oracle: 
             f"{step_ms['p10']:.1f}/{step_ms['p50']:.1f}/{step_ms['p90']:.1f}\n  median ms: {stages}",
             highlight=False,
         )
+    lost = {cause: seconds for cause, seconds in asdict(goodput).items() if cause != "useful" and seconds >= 0.05}
+    console.print(
+        f"goodput {goodput.fraction:.0%} of {goodput.total:,.0f} s over all attempts; the rest, s: "
+        + (", ".join(f"{cause} {seconds:,.1f}" for cause, seconds in lost.items()) or "none"),
+        highlight=False,
+    )
     _print_mended(console, config, "training", result.mended)
     _print_mended(console, config, "held-out", result.eval_mended)
     console.print(f"next: tensorboard --logdir {run_dir}", highlight=False)
@@ -91,6 +101,7 @@ def run_record(
     result: TrainResult,
     peak_memory: list[dict[str, int]],
     oracle: Metrics | None,
+    goodput: Goodput,
 ) -> dict[str, Any]:
     """One run as the tuner reads it: what it was asked for, on what, how fast, how good."""
     return {
@@ -119,6 +130,8 @@ def run_record(
         "oracle": oracle,
         "mended": result.mended,
         "eval_mended": result.eval_mended,
+        "skipped_micro_batches": result.skipped_micro_batches,
+        "goodput": goodput.as_json(),
     }
 
 

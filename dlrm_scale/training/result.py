@@ -6,7 +6,7 @@ from typing import Any
 
 from dlrm_scale.training.monitor import Metrics
 
-KEPT = ("num_steps", "samples_consumed", "losses", "eval_metrics", "mended", "eval_mended")
+KEPT = ("num_steps", "samples_consumed", "losses", "eval_metrics", "mended", "eval_mended", "skipped_micro_batches")
 
 
 @dataclass
@@ -25,6 +25,8 @@ class TrainResult:
     eval_metrics: Metrics = field(default_factory=dict)
     mended: dict[str, int] = field(default_factory=dict)
     eval_mended: dict[str, int] = field(default_factory=dict)
+    skipped_micro_batches: int = 0
+    preempted: bool = False  # a signal ended it before its last step
 
     @property
     def samples_per_second(self) -> float | None:

@@ -1,7 +1,9 @@
 """One run from its configuration to its record: check and plan on rank 0, then train on all ranks."""
 
 import json
-from dataclasses import dataclass
+import time
+from contextlib import closing
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +18,17 @@ from dlrm_scale.config import RunConfig, check_num_ranks
 from dlrm_scale.config_io import dump_config, fingerprint
 from dlrm_scale.data.open import open_source, preflight
 from dlrm_scale.data.synthetic import SyntheticSource
-from dlrm_scale.errors import CheckpointError, NoPlanError
+from dlrm_scale.errors import CheckpointError, DivergedError, NoPlanError, RollbackRequested
 from dlrm_scale.models.ranking_model import build_model
+from dlrm_scale.resilience.account import Account, Attempt, next_attempt
+from dlrm_scale.resilience.goodput import EventLog
+from dlrm_scale.resilience.preemption import Preemption
+from dlrm_scale.resilience.watchdog import Watchdog
 from dlrm_scale.sharding.apply import shard_model
 from dlrm_scale.sharding.plan import Plan, PlanRequest, load_plan, plan_request, save_plan
 from dlrm_scale.sharding.planner import find_plan
 from dlrm_scale.training.checkpoints import RunCheckpoints, checkpoint_folder
+from dlrm_scale.training.keepers import Keepers
 from dlrm_scale.training.metrics import binary_metrics
 from dlrm_scale.training.monitor import Board, Metrics, peak_memory_bytes
 from dlrm_scale.training.progress import Progress
@@ -40,11 +47,15 @@ class Prepared:
 
     run_dir: Path
     plan: Plan | None
+    left_out_steps: set[int] = field(default_factory=set)
 
 
-def run(config: RunConfig) -> TrainResult | None:
-    """Trains `config`, from its newest checkpoint if it has one; None if it has been trained. Every rank calls it; rank 0
-    plans, reports and writes.
+def run(config: RunConfig, preemption: Preemption | None = None, started_at: float | None = None) -> TrainResult | None:
+    """Trains `config`, from its newest checkpoint if it has one, until its end or until `preemption` is requested; None if it
+    has been trained to its end before. Every rank calls it; rank 0 plans, reports and writes.
+
+    Args:
+        started_at: Unix time at which the process began; None: now.
 
     Raises:
         UserError: what is wrong with configuration, data, plan or output folder, before training wherever it can be known.
@@ -56,17 +67,24 @@ def run(config: RunConfig) -> TrainResult | None:
         console.print(
             "note: this CPU has no bf16 instructions; train.precision=bf16 will be several times slower than fp32"
         )
+    limits = config.resilience
+    watchdog = Watchdog(rank.index, rank.world_size, limits.watchdog_seconds, limits.watchdog_long_seconds)
     folder = RunFolder(config) if rank.is_first else None
     try:
-        prepared = prepare(config, rank, folder) if folder else None
-        seed_generators(config.seed, rank, 0)
-        with process_group(rank):
-            prepared = from_first_rank(prepared)
-            if prepared.plan is None:
-                if console:
-                    console.print(f"{prepared.run_dir} is finished: nothing to do", highlight=False)
-                return None
-            return _train(config, rank, prepared, folder, console)
+        with watchdog:
+            watchdog.enter("plan")
+            prepared = prepare(config, rank, folder) if folder else None
+            seed_generators(config.seed, rank, 0)
+            with process_group(rank):
+                prepared = from_first_rank(prepared)
+                watchdog.enter("start")
+                if prepared.plan is None:
+                    if console:
+                        console.print(f"{prepared.run_dir} is finished: nothing to do", highlight=False)
+                    return None
+                watchdog.folder = prepared.run_dir / "hung"
+                job = Job(config, rank, prepared, folder, console, watchdog, preemption, started_at or time.time())
+                return _train_or_roll_back(job)
     finally:
         if folder:
             folder.close()
@@ -82,7 +100,7 @@ def prepare(config: RunConfig, rank: Rank, folder: RunFolder) -> Prepared:
             preflight(source, config.data.preflight_rows)
     plan = make_plan(config, rank, _newest_plan(checkpoint_folder(config, str(folder.path))))
     folder.claim()
-    return Prepared(folder.path, plan)
+    return Prepared(folder.path, plan, folder.left_out())
 
 
 def make_plan(config: RunConfig, rank: Rank, earlier: Plan | None = None) -> Plan:
@@ -127,62 +145,126 @@ def _cpu_has_bf16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def _train(
-    config: RunConfig, rank: Rank, prepared: Prepared, folder: RunFolder | None, console: Console | None
-) -> TrainResult:
-    def tell(line: str) -> None:
-        if console:
-            console.print(line, highlight=False, markup=False, soft_wrap=True)
+def _train_or_roll_back(job: "Job") -> TrainResult:
+    """Trains, and with `train.nonfinite=rollback` goes back to the newest checkpoint at each step that is not finite, to leave
+    that step out. Every rank comes back here at the same step.
 
+    Raises:
+        DivergedError: there is no checkpoint to go back to, or a step that was left out is still not finite.
+    """
+    while True:
+        try:
+            return _train(job)
+        except RollbackRequested as request:
+            folder = checkpoint_folder(job.config, str(job.prepared.run_dir))
+            step, left_out = request.step, job.prepared.left_out_steps
+            if step in left_out or from_first_rank(not folder.steps()):
+                raise DivergedError(f"{request}; there is no checkpoint to go back to") from None
+            left_out.add(step)
+            if job.folder:
+                job.folder.leave_out(left_out)
+                print(f"warning: {request}; going back to the newest checkpoint, to leave out step {step}", flush=True)
+            seed_generators(job.config.seed, job.rank, 0)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a rank trains with. `folder` and `console` are rank 0's alone."""
+
+    config: RunConfig
+    rank: Rank
+    prepared: Prepared
+    folder: RunFolder | None
+    console: Console | None
+    watchdog: Watchdog
+    preemption: Preemption | None
+    started_at: float
+
+    def tell(self, line: str) -> None:
+        if self.console:
+            self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _train(job: Job) -> TrainResult:
+    config, prepared = job.config, job.prepared
     step_folder = checkpoint_folder(config, str(prepared.run_dir))
-    checkpoints = RunCheckpoints(config, rank, step_folder, tell)
+    job.watchdog.enter("load")
+    checkpoints = RunCheckpoints(config, job.rank, step_folder, job.tell)
     try:
         plan, resumed = prepared.plan, checkpoints.resumed
         if resumed is not None:
             refuse_differences(resumed.config, config.model_dump(mode="json"), step_folder.path)
             saved_plan = _plan_of(resumed)  # of an older one than the newest, if that was skipped
             plan = saved_plan if config.sharding.plan is None and answers(saved_plan, plan.request) else plan
-        board = Board(prepared.run_dir if rank.is_first else None, resumed.step if resumed else None)
+        board = Board(prepared.run_dir if job.rank.is_first else None, resumed.step if resumed else None)
         checkpoints.attach(plan, board)
         try:
-            return _train_model(config, rank, plan, folder, console, checkpoints, board)
+            return _train_model(job, plan, checkpoints, board)
         finally:
             board.close()
     finally:
         checkpoints.saver.drain()
 
 
-def _train_model(
-    config: RunConfig,
-    rank: Rank,
-    plan: Plan,
-    folder: RunFolder | None,
-    console: Console | None,
-    checkpoints: RunCheckpoints,
-    board: Board,
-) -> TrainResult:
+def _train_model(job: Job, plan: Plan, checkpoints: RunCheckpoints, board: Board) -> TrainResult:
+    config, rank, folder = job.config, job.rank, job.folder
     train_source = open_source(config.data, config.features, "train", config.seed)
     eval_source = open_source(config.data, config.features, "eval", config.seed)
-    train_reader = TrainReader(config, rank, train_source)
+    train_reader = TrainReader(config, rank, train_source, job.preemption)
     eval_reader = EvalReader(config, rank, eval_source) if eval_source is not None else None
     model = build_model(config, dense_device=rank.device)
     sharded = shard_model(model, plan, config.train.sparse, rank.device, config.seed)
     if folder:
         save_plan(plan, folder.path / "plan.json")
-        print_start(console, config, plan, folder.path, train_reader.num_steps)
+        print_start(job.console, config, plan, folder.path, train_reader.num_steps)
         board.text("config", f"fingerprint {fingerprint(config)}\n```yaml\n{dump_config(config)}```")
         board.text("plan", _markdown(plan))
-    with Progress(console, train_reader.num_steps) as progress:
-        trainer = Trainer(config, rank, sharded, train_reader, eval_reader, board, progress, checkpoints)
-        result = trainer.train()
+    resumed_at = checkpoints.resumed.step if checkpoints.resumed else 0
+    account = open_account(job.prepared.run_dir, rank, train_reader, resumed_at)
+    with Progress(job.console, train_reader.num_steps) as progress, closing(account):
+        events = open_events(job, account.attempt) if folder else None
+        keepers = Keepers(job.watchdog, account, checkpoints, events, job.prepared.run_dir, job.prepared.left_out_steps)
+        result = Trainer(config, rank, sharded, train_reader, eval_reader, board, progress, keepers).train()
+    job.watchdog.enter("eval")  # rank 0 works out the oracle's metrics while the others wait
+    if result.preempted:
+        dist.barrier()  # no rank ends, and has the launcher end the others, before all have saved
+        job.tell(
+            f"stopped as asked after step {result.num_steps} of {train_reader.num_steps}; the same command goes on from it"
+        )
+        return result
     memory: list[dict[str, int]] | None = [{}] * rank.world_size if rank.is_first else None
     dist.gather_object(peak_memory_bytes(rank.device), memory, dst=0)
     if folder and memory is not None:
         oracle = oracle_metrics(config, eval_source) if isinstance(eval_source, SyntheticSource) else None
         cluster = this_cluster(rank.world_size, rank.ranks_per_host, rank.device.type)
-        folder.finish(record_line(run_record(config, cluster, plan, result, memory, oracle)))
-        print_end(console, config, result, oracle, folder.path)
+        spent = events.goodput()
+        folder.finish(record_line(run_record(config, cluster, plan, result, memory, oracle, spent)))
+        print_end(job.console, config, result, oracle, folder.path, spent)
     return result
+
+
+def open_events(job: Job, attempt: int) -> EventLog:
+    """The run's log of events, in a new attempt: the first one of this process began when the process did."""
+    events = EventLog(job.prepared.run_dir / "events.jsonl", attempt)
+    earlier = events.events[-1].time if events.events else 0.0
+    events.add("start", at=max(job.started_at, earlier))  # after a rollback in this process: from where it went back
+    return events
+
+
+def open_account(run_dir: Path, rank: Rank, reader: TrainReader, resumed_at_step: int) -> Account:
+    """This rank's account of its data in a new attempt, whose number rank 0 decides. Collective."""
+    folder, order = run_dir / "account", reader.reader.order
+    lanes = [order.lane_range(lane) for lane in range(order.lanes)]
+    attempt = Attempt(
+        attempt=from_first_rank(next_attempt(folder) if rank.is_first else 0),
+        rank=rank.index,
+        world_size=rank.world_size,
+        resumed_at_step=resumed_at_step,
+        steps_per_epoch=order.steps_per_epoch,
+        lane_batch_size=order.lane_batch_size,
+        lane_ranges=[(lane.start, lane.stop) for lane in lanes],
+    )
+    return Account(folder, attempt, reader.accumulate_steps)
 
 
 def oracle_metrics(config: RunConfig, source: SyntheticSource) -> Metrics:

@@ -14,7 +14,7 @@ from dlrm_scale.errors import ConfigError
 from dlrm_scale.training.report import append_line
 
 STARTED = "DLRM_SCALE_STARTED"  # YYYYmmdd-HHMMSS, set by the launcher: {time} is the same in every attempt
-LOCK, CONFIG, RECORD = ".lock", "config.yaml", "record.json"
+LOCK, CONFIG, RECORD, LEFT_OUT = ".lock", "config.yaml", "record.json", "left_out_steps.json"
 # What a resumed run may change: it decides where and how long a run trains, and what it shows, not what it learns from what.
 MAY_DIFFER = (
     *("device", "sharding", "eval", "log", "checkpoint", "output"),
@@ -82,6 +82,14 @@ class RunFolder:
         if not records.exists() or line not in records.read_text():
             append_line(records, line)
         return True
+
+    def left_out(self) -> set[int]:
+        """Steps that the run has gone back from, and leaves out."""
+        path = self.path / LEFT_OUT
+        return set(json.loads(path.read_text())) if path.exists() else set()
+
+    def leave_out(self, steps: set[int]) -> None:
+        write_whole(self.path / LEFT_OUT, json.dumps(sorted(steps)))
 
     def finish(self, line: str) -> None:
         """Leaves the run's record here, and then in `output.records`: a run that dies in between is told by `is_finished`."""

@@ -218,7 +218,8 @@ class RankState:
             mine = torch.empty(saved["ranks/loss_sum"].size, device=device)
             reading.targets.append(Part.whole("ranks/loss_sum", mine))
         reading.then.append(lambda: self.loss.sum.copy_(mine.mean()))
-        self.loss.num_steps = manifest.progress["steps_in_loss"]
+        in_loss = manifest.progress["in_loss"]
+        self.loss.num_steps, self.loss.num_micro_batches = in_loss["steps"], in_loss["micro_batches"]
 
     def _read_generators(self, reading: Reading, saved: dict[str, Saved], manifest: Manifest) -> None:
         seed_generators(self.seed, self.rank, manifest.step)

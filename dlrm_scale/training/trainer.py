@@ -1,6 +1,5 @@
 """The step loop: load, step, log, evaluate."""
 
-import math
 import time
 from collections.abc import Iterator
 from itertools import islice
@@ -12,14 +11,18 @@ from torchrec.distributed.train_pipeline import TrainPipelineBase, TrainPipeline
 
 from dlrm_scale.config import RunConfig
 from dlrm_scale.data.batch import RecBatch
-from dlrm_scale.errors import DivergedError
+from dlrm_scale.models.ranking_model import Predictions
+from dlrm_scale.resilience.guards import Guard
+from dlrm_scale.resilience.straggler import OwnTime, slowest
+from dlrm_scale.resilience.watchdog import Watchdog
 from dlrm_scale.sharding.apply import ShardedModel
-from dlrm_scale.training.checkpoints import RunCheckpoints
+from dlrm_scale.training.bad_batches import BadBatches
 from dlrm_scale.training.clock import StepClock
+from dlrm_scale.training.keepers import Keepers
 from dlrm_scale.training.monitor import Board, Metrics, PredictionStore, RunningLoss, peak_memory_bytes
 from dlrm_scale.training.optimizers import TrainOptimizer
 from dlrm_scale.training.progress import Progress
-from dlrm_scale.training.ranks import Rank, sum_counts
+from dlrm_scale.training.ranks import Rank, gather_rows, sum_counts
 from dlrm_scale.training.readers import EvalReader, TrainReader
 from dlrm_scale.training.result import TrainResult
 from dlrm_scale.training.state import RankState
@@ -36,7 +39,7 @@ class Trainer:
     """Trains a sharded model over a reader's steps. Every rank makes one and calls `train`; rank 0 reports.
 
     Args:
-        checkpoints: where the run's state goes, and may come from; None: nothing is saved.
+        keepers: None: nothing is watched, saved or written down.
     """
 
     def __init__(
@@ -48,11 +51,18 @@ class Trainer:
         eval_reader: EvalReader | None,
         board: Board,
         progress: Progress,
-        checkpoints: RunCheckpoints | None = None,
+        keepers: Keepers | None = None,
     ) -> None:
         self.config, self.rank, self.model, self.board, self.progress = config, rank, model, board, progress
         self.train_reader, self.eval_reader = train_reader, eval_reader
         self.optimizer = TrainOptimizer(model, config.train, train_reader.num_steps)
+        self.keepers = keepers or Keepers(Watchdog(rank.index, rank.world_size, 0, 0))
+        self.watchdog = self.keepers.watchdog
+        self.bad_batches = BadBatches(config, rank, self.keepers.run_dir, self.keepers.left_out_steps)
+        tables = model.module.embeddings
+        trained_after = [*self.optimizer.dense_parameters, *self.optimizer.replicated_tables.values()]
+        self.guard = Guard([c for c in (tables.ebc, tables.ec) if c is not None], trained_after, self.bad_batches)
+        self.own_time = OwnTime(rank.device)
         self.clock = StepClock(rank.device)
         self.window = PredictionStore(
             config.features.labels,
@@ -61,7 +71,6 @@ class Trainer:
         )
         self.loss = RunningLoss(torch.zeros((), device=rank.device))
         self.result = TrainResult()
-        self.checkpoints = checkpoints
         self.logged = (0, 0.0)  # timed samples and seconds at the last log
         self.warm_from = config.log.warmup_steps
         self._watch_stages()
@@ -73,30 +82,56 @@ class Trainer:
     def train(self) -> TrainResult:
         """Runs the steps that are left, logs, evaluates and saves on the way and after the last one."""
         train, result, total = self.config.train, self.result, self.train_reader.num_steps
-        if self.checkpoints:
-            self.checkpoints.restore(self)
+        if self.keepers.checkpoints:
+            self.watchdog.enter("load")
+            self.keepers.checkpoints.restore(self)
+            self.bad_batches.go_on_from(result.num_steps, result.skipped_micro_batches)
+        self.keepers.note("ready", result.num_steps)
         self.warm_from = result.num_steps + self.config.log.warmup_steps
         between_evaluations = (self.eval_reader and self.config.eval.every_steps) or total
+        if self.keepers.account:
+            self.train_reader.reader.on_read = self.keepers.account.read
+        self.train_reader.agree = self.watchdog.watched(self.train_reader.agree)
         with self.train_reader.batches(result.samples_consumed) as batches:
-            optimizer = _Watched(self.optimizer, self.clock)
-            timed = self.clock.timed(batches)
+            optimizer = _Watched(self.optimizer, self.clock, self.watchdog)
+            timed = self._fetched(self.clock.timed(batches))
             while result.num_steps < total:
                 # A pipeline of its own up to each evaluation: it must run empty, as it holds exchanged ids of the batches it
                 # has begun, and an empty one does not start again.
                 pipeline = PIPELINES[train.pipeline](self.model, optimizer, self.rank.device)
+                pipeline._backward = self.guard.backward
                 until_evaluation = between_evaluations - result.num_steps % between_evaluations
                 num_steps = min(until_evaluation, total - result.num_steps)
                 stop = result.num_steps + num_steps
-                if not self._run_steps(pipeline, islice(timed, num_steps * train.accumulate_steps), stop):
-                    break  # the data ended before its own count of rows
+                any_step = self._run_steps(pipeline, islice(timed, num_steps * train.accumulate_steps), stop)
+                result.preempted = self._stopped_before(stop)
+                if result.preempted or not any_step:
+                    break  # or the data ended before its own count of rows
                 if isinstance(pipeline, TrainPipelineSparseDist):
                     pipeline.detach()
                 self._evaluate()
                 if self._save_is_due() or result.num_steps == total:
                     self._save()
-        if self.checkpoints:
-            self.checkpoints.finish()
+        if result.preempted:
+            self._save()
+        if self.keepers.checkpoints:
+            self.watchdog.enter("save")
+            self.keepers.checkpoints.finish()
+        self.keepers.note("end", result.num_steps)
         return result
+
+    def _stopped_before(self, step: int) -> bool:
+        """Whether a signal has ended the batches short of `step`."""
+        return self.train_reader.stopped and self.result.num_steps < step
+
+    def _fetched(self, batches: Iterator[RecBatch]) -> Iterator[RecBatch]:
+        while True:
+            self.watchdog.enter("data")
+            batch = next(batches, None)
+            self.watchdog.enter("input_dist")
+            if batch is None:
+                return
+            yield batch
 
     def _run_steps(self, pipeline: Any, batches: Iterator[RecBatch], stop: int) -> bool:
         """Steps to the end of `batches`, which is step `stop`; whether there was one. Step `stop` is saved once it is evaluated."""
@@ -114,31 +149,46 @@ class Trainer:
                     self._save()
                 self._start_span()
         self._end_span()
-        if self.loss.num_steps:
+        if self.loss.num_steps and not self._stopped_before(stop):  # a run that goes on later logs where it would have
             self._log()
         return self.result.num_steps > first
 
     def _save_is_due(self) -> bool:
-        return self.checkpoints is not None and due(self.result.num_steps, self.config.checkpoint.every_steps)
+        return self.keepers.checkpoints is not None and due(self.result.num_steps, self.config.checkpoint.every_steps)
 
     def _save(self) -> None:
-        if self.checkpoints:
-            self.checkpoints.save(self)
+        if self.keepers.checkpoints:
+            self.watchdog.enter("save")
+            started = time.perf_counter()
+            if self.keepers.account:
+                self.keepers.account.flush()
+            self.keepers.checkpoints.save(self)
+            self.keepers.note("save", self.result.num_steps, time.perf_counter() - started)
 
     def _step(self, pipeline: Any, batches: Iterator[RecBatch]) -> bool:
         """One optimizer step; False if the data had ended."""
         self.clock.begin()
         try:
             for _ in range(self.config.train.accumulate_steps):
-                self.window.add(pipeline.progress(batches))
+                self._count(pipeline.progress(batches))
         except StopIteration:
             return False
         self.clock.finish()
         self.result.num_steps += 1
+        self.watchdog.step = self.result.num_steps
+        self.result.skipped_micro_batches = self.bad_batches.num_skipped
         self.result.samples_consumed = self.train_reader.consumed_after(self.result.num_steps)
         self.loss.num_steps += 1
         self.progress.advance(self.result.num_steps)
         return True
+
+    def _count(self, predictions: Predictions) -> None:
+        """Adds what the micro-batch just trained on showed; nothing of one that was dropped."""
+        if self.keepers.account:
+            self.keepers.account.trained(skipped=self.guard.dropped)
+        if not self.guard.dropped:
+            self.window.add(predictions)
+            self.loss.add(self.guard.loss)
 
     def _start_span(self) -> None:
         self.span = (time.perf_counter(), self.result.samples_consumed)
@@ -154,17 +204,13 @@ class Trainer:
 
     def _log(self) -> None:
         """Collective: losses and window metrics of all ranks, to TensorBoard and the progress line."""
+        self.watchdog.enter("log")
         step = self.result.num_steps
-        loss = self.loss.sum / self.loss.num_steps
-        dist.all_reduce(loss)
-        loss = loss.item() / self.rank.world_size
-        self.loss.sum.zero_()
-        self.loss.num_steps = 0
-        if not math.isfinite(loss):  # the same on every rank
-            raise DivergedError(
-                f"the loss is {loss} in the steps up to {step}; lower train.dense.lr and train.sparse.lr, warm up longer "
-                "(train.schedule.warmup_steps) or clip (train.clip_grad_norm)"
-            )
+        loss = self._mean_loss()
+        self._report_stragglers()
+        if self.keepers.account:
+            self.keepers.account.flush()
+        self.keepers.note("progress", step)
         self.result.losses.append(loss)
         steps_ms = self.clock.drain()
         warm = [ms for i, ms in enumerate(reversed(steps_ms)) if step - i > self.warm_from][::-1]
@@ -180,11 +226,34 @@ class Trainer:
         self.board.scalars("time_ms", mean_ms, step)
         self.board.scalars("learning_rate", self.optimizer.learning_rates, step)
         self.board.scalars("memory", peak_memory_bytes(self.rank.device), step)
+        if self.keepers.events:
+            self.board.scalars("goodput", self.keepers.events.goodput().as_json(), step)
+        self.board.scalars("guard", {"skipped_micro_batches": self.bad_batches.num_skipped}, step)
         self.board.scalars("data", {"samples_consumed": self.result.samples_consumed, **mended}, step)
         samples_per_second = self._speed_since_last_log()
         if samples_per_second:
             self.board.scalars("speed", {"samples_per_s": samples_per_second}, step)
         self.progress.log(step, loss, metrics, samples_per_second)
+
+    def _mean_loss(self) -> float:
+        """Over all ranks and the micro-batches since the last log; NaN if the guard dropped them all."""
+        steps = self.loss.num_micro_batches / self.config.train.accumulate_steps
+        loss = self.loss.sum / steps if steps else torch.full_like(self.loss.sum, float("nan"))
+        dist.all_reduce(loss)
+        self.loss.clear()
+        return loss.item() / self.rank.world_size
+
+    def _report_stragglers(self) -> None:
+        ms_by_rank = gather_rows(torch.tensor([self.own_time.drain()]), self.rank)
+        if ms_by_rank is None or len(ms_by_rank) == 1:
+            return
+        rank, ratio = slowest(ms_by_rank.tolist())
+        step = self.result.num_steps
+        self.board.scalars("straggler", {"slowest_rank": rank, "slowest_over_median": ratio}, step)
+        if ratio > self.config.resilience.straggler_ratio:
+            self.progress.note(
+                f"step {step}: rank {rank} takes {ratio:.1f} x the others' time for the dense forward pass"
+            )
 
     def _speed_since_last_log(self) -> float | None:
         samples, seconds = self.result.timed_samples - self.logged[0], self.result.timed_seconds - self.logged[1]
@@ -195,8 +264,10 @@ class Trainer:
         """Collective: metrics over the held-out split, to TensorBoard and the result."""
         if self.eval_reader is None:
             return
-        metrics = evaluate(self.config, self.rank, self.model, self.eval_reader)
+        started = time.perf_counter()
+        metrics = evaluate(self.config, self.rank, self.model, self.eval_reader, self.watchdog)
         mended = sum_counts(self.eval_reader.reader.mended, self.rank)
+        self.keepers.note("evaluation", self.result.num_steps, time.perf_counter() - started)
         if metrics is not None and mended is not None:
             self.result.eval_mended = mended
             self.result.eval_metrics = metrics
@@ -204,43 +275,57 @@ class Trainer:
             self.progress.log_eval(self.result.num_steps, metrics)
 
     def _watch_stages(self) -> None:
-        """Marks the stages' borders at the model's forward, and sums its losses without a wait for the device."""
+        """Marks the stages' borders at the model's forward, and the span of it that waits for no other rank."""
 
-        def before_forward(module: Any, args: Any) -> None:
+        def before_forward(module: Any, args: tuple[RecBatch]) -> None:
             if self.model.training:
+                self.watchdog.enter("forward")
                 self.clock.end("input_dist")
+                self.guard.leave_out = self.bad_batches.began(args[0])
 
-        def after_forward(module: Any, args: Any, output: tuple[torch.Tensor, Any]) -> None:
+        def before_arch(module: Any, args: Any) -> None:
             if self.model.training:
+                self.own_time.start()
+
+        def after_forward(module: Any, args: Any, output: Any) -> None:
+            if self.model.training:
+                self.own_time.stop()
                 self.clock.end("forward")
-                self.loss.sum += output[0].detach()
+                self.watchdog.enter("backward")
 
         self.model.register_forward_pre_hook(before_forward)
+        self.model.module.dense.arch.register_forward_pre_hook(before_arch)
         self.model.register_forward_hook(after_forward)
 
 
 class _Watched:
     """The optimizer as the pipeline calls it, marking the ends of its stages."""
 
-    def __init__(self, optimizer: TrainOptimizer, clock: StepClock) -> None:
-        self.optimizer, self.clock = optimizer, clock
+    def __init__(self, optimizer: TrainOptimizer, clock: StepClock, watchdog: Watchdog) -> None:
+        self.optimizer, self.clock, self.watchdog = optimizer, clock, watchdog
 
     def zero_grad(self) -> None:
         self.optimizer.zero_grad()
 
     def step(self) -> None:
         self.clock.end("backward")
+        self.watchdog.enter("optimizer")
         self.optimizer.step()
         self.clock.end("optimizer")
+        self.watchdog.enter("input_dist")
 
 
 @torch.no_grad()
-def evaluate(config: RunConfig, rank: Rank, model: ShardedModel, reader: EvalReader) -> Metrics | None:
+def evaluate(
+    config: RunConfig, rank: Rank, model: ShardedModel, reader: EvalReader, watchdog: Watchdog
+) -> Metrics | None:
     """Metrics by label over the held-out split on rank 0, None on the others. Collective; leaves the model in eval mode."""
+    watchdog.enter("eval")
     model.eval()
     store = PredictionStore(config.features.labels, config.features.group is not None, max_local_rows=None)
     with reader.batches() as batches:
         for batch in batches:
+            watchdog.enter("eval")
             _, predictions = model.module(batch.to(rank.device))
             store.add(predictions)
     return store.metrics(rank)

@@ -13,9 +13,11 @@ from dlrm_scale.checkpoint.files import Files
 from dlrm_scale.config import RunConfig
 from dlrm_scale.data.open import open_source
 from dlrm_scale.models.ranking_model import build_model
+from dlrm_scale.resilience.watchdog import Watchdog
 from dlrm_scale.sharding.apply import shard_model
 from dlrm_scale.sharding.plan import Plan
 from dlrm_scale.training.checkpoints import RunCheckpoints, checkpoint_folder
+from dlrm_scale.training.keepers import Keepers
 from dlrm_scale.training.monitor import Board
 from dlrm_scale.training.progress import Progress
 from dlrm_scale.training.ranks import this_rank
@@ -56,7 +58,8 @@ def attempt(config: RunConfig, plan: Plan, folder: str, cut: bool) -> list[float
     ]
     board = Board(None)
     checkpoints.attach(plan, board)
-    return Trainer(config, rank, sharded, *readers, board, Progress(None, 0), checkpoints).train().losses
+    keepers = Keepers(Watchdog(rank.index, rank.world_size, 0, 0), checkpoints=checkpoints)
+    return Trainer(config, rank, sharded, *readers, board, Progress(None, 0), keepers).train().losses
 
 
 def run_config(**sections) -> RunConfig:

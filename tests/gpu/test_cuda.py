@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from dlrm_scale.cluster import load_cluster
+from tests.distributed.test_guards import bad_batch
 from tests.support.launch import launch
 from tests.support.twin import BAG_TYPES, case_config, compare, make_plan
 
@@ -67,3 +68,11 @@ def test_the_cluster_benchmark_measures_the_gpu(tmp_path):
     cluster = load_cluster(str(out))
     assert cluster.hbm_gb_per_s.value > cluster.host_memory_gb_per_s.value
     assert cluster.hbm_gb_per_s.value > cluster.host_link_gb_per_s.value > 1
+
+
+@pytest.mark.parametrize("name", ["adam", "partial_rowwise_adam", "lamb"])
+def test_a_dropped_batch_leaves_tables_that_count_their_steps_as_they_were(one_rank, name):
+    """FBGEMM counts these optimizers' steps in the forward pass, before it is known that the batch is bad."""
+    config = case_config("row_wise", "table_wise", {"name": name, "lr": 0.01})
+    result = bad_batch(config, make_plan(config, 1, 1, "cuda"), "sparse_dist", "nan", "without")
+    assert result["changed"] == [] and len(result["found"]) == 1

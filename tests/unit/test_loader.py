@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -123,7 +124,12 @@ class Agreement:
             self.statuses[rank] = status
             self.barrier.wait()
             weight = sum(s.weight_sum for s in self.statuses) / len(self.statuses)
-            agreed = StepAgreement(weight, all(s.ended for s in self.statuses), any(s.failed for s in self.statuses))
+            agreed = StepAgreement(
+                weight,
+                all(s.ended for s in self.statuses),
+                any(s.failed for s in self.statuses),
+                any(s.stop for s in self.statuses),
+            )
             self.barrier.wait()
             return agreed
 
@@ -182,6 +188,23 @@ def test_a_rank_that_cannot_read_raises_its_own_error_and_the_others_hear_of_it(
     assert [len(made) for made, _ in results] == [1, 1, 1]
     assert [type(error) for _, error in results] == [PeerError, DataError, PeerError]
     assert str(results[1][1]) == "part_3.parquet, row 17: item is -1"
+
+
+def test_ranks_end_before_the_step_at_which_one_is_asked_to_stop():
+    agreement, made = Agreement(2), [[], []]
+
+    def run(rank: int) -> None:
+        def agree(status: StepStatus) -> StepAgreement:
+            asked = rank == 1 and len(made[1]) == 2
+            return agreement.of_rank(rank)(replace(status, stop=asked))
+
+        steps = iter([rows_of([i]) for i in range(9)])
+        for batch in batches(steps, SCHEMA, micro_batch_size=1, accumulate_steps=1, agree=agree):
+            made[rank] += numbers_of_batch(batch)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(run, range(2)))
+    assert made == [[0, 1], [0, 1]]
 
 
 def test_ranks_that_all_fail_each_raise_their_own_error():

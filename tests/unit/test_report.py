@@ -10,12 +10,14 @@ from rich.console import Console
 
 from dlrm_scale.cluster import this_cluster
 from dlrm_scale.config_io import fingerprint
+from dlrm_scale.resilience.goodput import Goodput
 from dlrm_scale.sharding.plan import Plan, RankLoad, TablePlan, plan_request
 from dlrm_scale.training.report import append_line, print_end, print_start, record_line, run_record
 from dlrm_scale.training.result import TrainResult
 from tests.support.configs import tiny_config
 
 RUN_DIR = Path("runs/tiny/20260102-030405")
+GOODPUT = Goodput(useful=40.0, recomputed=0.0, startup=7.0, down=0.0, save=3.0, evaluation=0.0)
 
 
 def strict_json(line: str):
@@ -96,10 +98,11 @@ def test_an_infinite_figure_is_null(tmp_path, infinite):
 
 def test_record_of_a_run_holds_its_speed_by_stage(tmp_path, result):
     memory = [{"host_bytes": 7}, {"host_bytes": 9}]
-    record = run_record(tiny_config(), this_cluster(2, 2, "cpu"), hand_made_plan(2), result, memory, None)
+    record = run_record(tiny_config(), this_cluster(2, 2, "cpu"), hand_made_plan(2), result, memory, None, GOODPUT)
     append_line(tmp_path / "records.jsonl", record_line(record))
     record = strict_json((tmp_path / "records.jsonl").read_text())
     assert record["samples_per_second"] == 2000.0
+    assert record["goodput"]["fraction"] == 0.8 and record["goodput"]["save_s"] == 3.0
     assert record["step_ms"] == pytest.approx({"p10": 12.0, "p50": 20.0, "p90": 28.0})
     assert {stage: ms["p50"] for stage, ms in record["stage_ms"].items()} == pytest.approx(
         {"data_wait": 2.0, "input_dist": 4.0, "forward": 6.0, "backward": 8.0, "optimizer": 0.0}
@@ -136,21 +139,22 @@ def test_start_of_many_tables_says_how_many_are_left_out():
 
 def test_end_shows_the_model_beside_the_oracle(result):
     oracle = {"click": {"ne": 0.7891, "auc": 0.7656, "gauc": 0.75, "calibration": 0.9984, "log_loss": 0.5156}}
-    lines = printed(print_end, tiny_config(), result, oracle, RUN_DIR)
+    lines = printed(print_end, tiny_config(), result, oracle, RUN_DIR, GOODPUT)
     [model], [best] = ([line for line in lines if name in line] for name in ("click: interformer", "click: oracle"))
     assert model.replace("│", " ").split()[2:] == ["0.8125", "0.7344", "-", "1.0312", "-"]
     assert best.replace("│", " ").split()[2:] == ["0.7891", "0.7656", "0.7500", "0.9984", "0.5156"]
 
 
 def test_end_shows_speed_and_the_commonest_mends(result):
-    lines = printed(print_end, tiny_config(), result, None, RUN_DIR)
+    lines = printed(print_end, tiny_config(), result, None, RUN_DIR, GOODPUT)
     text = "\n".join(lines)
     assert "2,000 samples/s" in text and "12.0/20.0/28.0" in text
     assert "input_dist 4.0" in text and "backward 8.0" in text
+    assert "goodput 80% of 50 s over all attempts; the rest, s: startup 7.0, save 3.0" in text
     assert [line.split(":")[0].strip() for line in lines if "kind_" in line] == [f"kind_{i}" for i in range(10, 4, -1)]
     assert "4 more kinds" in text and f"tensorboard --logdir {RUN_DIR}" in text and "oracle" not in text
 
 
 def test_end_of_a_run_that_was_all_warm_up_has_no_speed():
-    lines = printed(print_end, tiny_config(), TrainResult(num_steps=2), None, RUN_DIR)
+    lines = printed(print_end, tiny_config(), TrainResult(num_steps=2), None, RUN_DIR, GOODPUT)
     assert not any("samples/s" in line or "held-out" in line for line in lines)

@@ -29,9 +29,14 @@ def launch(tmp_path):
 def test_one_machine(launch):
     done = launch("--nproc", "2", "--config", "a b.yaml", "train.max_steps=3", OMP_NUM_THREADS="5")
     assert done.stdout == (
-        "OMP_NUM_THREADS=5 -m launchers.elastic --standalone --nproc-per-node 2 "
+        "OMP_NUM_THREADS=5 -m launchers.elastic --standalone --nproc-per-node 2 --max-restarts 0 --shutdown-timeout 30 "
         "-m dlrm_scale.training.main --config a b.yaml train.max_steps=3\n"
     )
+
+
+def test_restarts_and_grace_are_the_launchers(launch):
+    done = launch("--max-restarts", "4", "--grace", "0", "--config", "a.yaml")
+    assert " --max-restarts 4 --shutdown-timeout 0 -m dlrm_scale" in done.stdout
 
 
 @pytest.mark.parametrize(("node_rank", "is_host"), [("0", "true"), ("1", "false")])
@@ -57,6 +62,7 @@ def test_threads_of_all_ranks_together_do_not_pass_the_cores(launch, nproc):
     [
         ([], "--config is missing"),
         (["--config"], "--config needs a value"),
+        (["--config", "a.yaml", "--max-restarts", "-1"], "--max-restarts must be a whole number from 0, but is '-1'"),
         (["--config", "a.yaml", "--nproc", "0"], "--nproc must be a whole number from 1, but is '0'"),
         (["--config", "a.yaml", "--nproc", "08"], "--nproc must be a whole number from 1, but is '08'"),
         (["--config", "a.yaml", "--max-steps", "3"], "unknown option --max-steps"),

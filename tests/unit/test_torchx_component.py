@@ -35,7 +35,10 @@ def test_torchx_accepts_the_component():
 
 def test_one_machine_needs_no_rendezvous():
     (command,) = requests(*ARGS)
-    assert launcher_args(command) == ["--nproc", "4", "--nnodes", "1", "--config", "configs/quickstart.yaml"]
+    assert launcher_args(command) == [
+        *("--nproc", "4", "--nnodes", "1", "--max-restarts", "0"),
+        *("--config", "configs/quickstart.yaml"),
+    ]
 
 
 def test_each_of_two_machines_gets_its_rank_and_the_first_ones_address():

@@ -1,0 +1,27 @@
+"""Which rank is slow, and by how much."""
+
+import time
+
+import pytest
+import torch
+
+from dlrm_scale.resilience.straggler import OwnTime, slowest
+
+
+@pytest.mark.parametrize(
+    ("ms_by_rank", "expected"),
+    [([2.0, 6.0], (1, 3.0)), ([4.0, 1.0, 2.0, 3.0], (0, 2.0)), ([1.0, 1.0], (0, 1.0)), ([0.0, 0.0], (0, 1.0))],
+)
+def test_the_slowest_rank_is_measured_by_the_others_median(ms_by_rank, expected):
+    assert slowest(ms_by_rank) == expected
+
+
+def test_own_time_is_the_mean_span_since_the_last_drain():
+    own = OwnTime(torch.device("cpu"))
+    for seconds in (0.01, 0.03):
+        own.start()
+        time.sleep(seconds)
+        own.stop()
+        time.sleep(0.05)  # between spans: nobody's
+    assert own.drain() == pytest.approx(20, abs=5)
+    assert own.drain() == 0.0

@@ -1,0 +1,137 @@
+"""Runs a kept batch again, on one CPU process, and says where its numbers first stop being finite.
+
+python -m tools.replay_batch runs/quickstart/20260102-030405/bad_batches/step_17_rank_1.pt
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dlrm_scale.config import RunConfig
+from dlrm_scale.config_io import fingerprint, load_config, parse_config
+from dlrm_scale.data.batch import RecBatch
+from dlrm_scale.errors import DataError, UserError
+from dlrm_scale.models.ranking_model import RankingModel, build_model
+from dlrm_scale.sharding.apply import MODULE_PATHS, fill_shard
+from dlrm_scale.training.bad_batches import load_bad_batch
+from dlrm_scale.training.main import quiet_libraries
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.replay_batch",
+        description="Rebuild the model, unsharded and on the CPU, and run a batch that was not finite through it. "
+        "Exit code 0: all is finite here; 1: something is not, or the file cannot be read.",
+    )
+    parser.add_argument("file", type=Path, metavar="FILE", help="a file of a run's bad_batches/")
+    parser.add_argument("--config", help="another configuration than the one in the file")
+    parser.add_argument(
+        "--weights",
+        type=Path,
+        help="a plain state dict (.pt, or .safetensors) to run it with; else the initial weights",
+    )
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    quiet_libraries()
+    try:
+        saved, batch = load_bad_batch(args.file)
+        config = load_config(args.config) if args.config else parse_config(json.loads(saved["config"]), str(args.file))
+        model = rebuild(config, args.weights)
+        found = not_finite(config, model, batch)
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return e.exit_code
+    seen = "; ".join(f"rank {rank}: {', '.join(parts)}" for rank, parts in saved["seen"].items())
+    print(f"step {saved['step']}, rank {saved['rank']} of {saved['world_size']}, config {saved['config_fingerprint']}")
+    if fingerprint(config) != saved["config_fingerprint"]:
+        print(f"note: replayed with another configuration, {fingerprint(config)}")
+    print(f"in the run, not finite: {seen}")
+    weights = args.weights or f"initial, of seed {config.seed}"
+    print(f"here, with weights {weights}: " + ("all is finite" if not found else f"first not finite: {found[0]}"))
+    for place in found[1:11]:
+        print(f"  then {place}")
+    if not found and not args.weights:
+        print("the weights at that step may matter: give them with --weights")
+    return 1 if found else 0
+
+
+def rebuild(config: RunConfig, weights: Path | None) -> RankingModel:
+    """The run's model on one CPU process, with its initial weights or those of a file.
+
+    Raises:
+        DataError: the file holds no state dict of this model.
+    """
+    cpu = torch.device("cpu")
+    model = build_model(config, table_device=cpu, dense_device=cpu)
+    for name, table in config.features.tables.items():
+        in_sequence = name in config.features.sequence_tables
+        inner = "embeddings" if in_sequence else "embedding_bags"
+        path = f"{MODULE_PATHS['sequences' if in_sequence else 'bags']}.{inner}.{name}.weight"
+        weight = model.get_parameter(path).data
+        fill_shard(weight, name, 0, 0, table.num_embeddings, table.embedding_dim, config.seed)
+    if weights is not None:
+        try:
+            model.load_state_dict(_read_weights(weights))
+        except Exception as e:
+            raise DataError(f"{weights} does not hold this model's weights: {e}") from None
+    return model
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    return torch.load(path, weights_only=True, map_location="cpu")
+
+
+def not_finite(config: RunConfig, model: RankingModel, batch: RecBatch) -> list[str]:
+    """Places with a number that is not finite, in the order in which they are computed."""
+    found = [f"dense feature {f.name}: {_rows(batch.dense_BF[:, i])}" for i, f in enumerate(config.features.dense)]
+    found += [f"label {name}: {_rows(batch.labels_BT[:, t])}" for t, name in enumerate(config.features.labels)]
+    found.append(f"the samples' weights: {_rows(batch.weights_B)}")
+    found += [f"table {name}: {_rows(p)}" for name, p in model.named_parameters() if name.startswith("embeddings.")]
+    found += [f"parameter {n}: {_rows(p)}" for n, p in model.named_parameters() if not n.startswith("embeddings.")]
+    found = [place for place in found if not place.endswith(": ")]
+
+    def watch(name: str, module: nn.Module) -> None:
+        def after(module: nn.Module, args: object, output: object) -> None:
+            if isinstance(output, Tensor) and (rows := _rows(output)):
+                found.append(f"output of {name}: {rows}")
+
+        module.register_forward_hook(after)
+
+    for name, module in model.named_modules():
+        if name and not name.startswith("embeddings"):
+            watch(name, module)
+    loss, _ = model(batch)
+    if not torch.isfinite(loss):
+        found.append(f"the loss: {loss.item()}")
+    loss.backward()
+    # a parameter that the batch does not reach has no gradient
+    gradients = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
+    return found + [f"gradient of {name}: {rows}" for name, g in reversed(gradients) if (rows := _rows(g))]
+
+
+@torch.no_grad()
+def _rows(values: Tensor) -> str:
+    """Where a tensor is not finite, by its first dimension; empty where it is."""
+    if not values.dim():
+        return "" if torch.isfinite(values) else f"{values.item()}"
+    bad = (
+        (~torch.isfinite(values.reshape(len(values), -1))).any(dim=1).nonzero().flatten().tolist()
+        if values.numel()
+        else []
+    )
+    return f"rows {', '.join(map(str, bad[:5]))}{f' and {len(bad) - 5} more' if len(bad) > 5 else ''}" if bad else ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())
