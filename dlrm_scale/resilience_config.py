@@ -13,5 +13,7 @@ class ResilienceConfig(Strict):
         1800.0, gt=0, description="the same while it starts, plans, loads, saves or evaluates (between two batches)"
     )
     straggler_ratio: float = Field(
-        2.0, gt=1, description="a rank whose own time is so many times the others' median is named on the console"
+        2.0,
+        gt=1,
+        description="a rank whose own time is so many times the others' median three logs in a row is named on the console",
     )

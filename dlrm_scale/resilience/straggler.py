@@ -36,6 +36,22 @@ class OwnTime:
         return event
 
 
+class Streak:
+    """How many times in a row the same rank was the slowest, by more than `ratio`: once is chance."""
+
+    def __init__(self, ratio: float) -> None:
+        self.ratio, self.rank, self.length = ratio, -1, 0
+
+    def add(self, rank: int, over_median: float) -> int:
+        """The length of the streak that ends with this observation; 0 for one that is not slow."""
+        if over_median <= self.ratio:
+            self.length = 0
+        else:
+            self.length = self.length + 1 if rank == self.rank else 1
+        self.rank = rank
+        return self.length
+
+
 def slowest(ms_by_rank: list[float]) -> tuple[int, float]:
     """The slowest rank, and its time over the others' median; for two ranks or more."""
     rank = max(range(len(ms_by_rank)), key=ms_by_rank.__getitem__)

@@ -13,7 +13,7 @@ from dlrm_scale.config import RunConfig
 from dlrm_scale.data.batch import RecBatch
 from dlrm_scale.models.ranking_model import Predictions
 from dlrm_scale.resilience.guards import Guard
-from dlrm_scale.resilience.straggler import OwnTime, slowest
+from dlrm_scale.resilience.straggler import OwnTime, Streak, slowest
 from dlrm_scale.resilience.watchdog import Watchdog
 from dlrm_scale.sharding.apply import ShardedModel
 from dlrm_scale.training.bad_batches import BadBatches
@@ -28,6 +28,8 @@ from dlrm_scale.training.result import TrainResult
 from dlrm_scale.training.state import RankState
 
 PIPELINES = {"sparse_dist": TrainPipelineSparseDist, "none": TrainPipelineBase}
+
+LOGS_OF_A_STRAGGLER = 3  # in a row, before the console names it
 
 
 def due(step: int, every: int) -> bool:
@@ -62,7 +64,7 @@ class Trainer:
         tables = model.module.embeddings
         trained_after = [*self.optimizer.dense_parameters, *self.optimizer.replicated_tables.values()]
         self.guard = Guard([c for c in (tables.ebc, tables.ec) if c is not None], trained_after, self.bad_batches)
-        self.own_time = OwnTime(rank.device)
+        self.own_time, self.slow = OwnTime(rank.device), Streak(config.resilience.straggler_ratio)
         self.clock = StepClock(rank.device)
         self.window = PredictionStore(
             config.features.labels,
@@ -250,7 +252,7 @@ class Trainer:
         rank, ratio = slowest(ms_by_rank.tolist())
         step = self.result.num_steps
         self.board.scalars("straggler", {"slowest_rank": rank, "slowest_over_median": ratio}, step)
-        if ratio > self.config.resilience.straggler_ratio:
+        if self.slow.add(rank, ratio) == LOGS_OF_A_STRAGGLER:
             self.progress.note(
                 f"step {step}: rank {rank} takes {ratio:.1f} x the others' time for the dense forward pass"
             )

@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from dlrm_scale.resilience.straggler import OwnTime, slowest
+from dlrm_scale.resilience.straggler import OwnTime, Streak, slowest
 
 
 @pytest.mark.parametrize(
@@ -25,3 +25,9 @@ def test_own_time_is_the_mean_span_since_the_last_drain():
         time.sleep(0.05)  # between spans: nobody's
     assert own.drain() == pytest.approx(20, abs=5)
     assert own.drain() == 0.0
+
+
+def test_a_streak_is_of_one_rank_that_stays_slow():
+    streak = Streak(ratio=2.0)
+    seen = [(1, 3.0), (1, 2.5), (1, 2.0), (1, 4.0), (0, 4.0), (0, 4.0), (0, 4.0)]
+    assert [streak.add(rank, ratio) for rank, ratio in seen] == [1, 2, 0, 1, 1, 2, 3]
