@@ -31,7 +31,14 @@ class CheckpointConfig(Strict):
     dir: str = Field(
         "{run}/checkpoints", description="where step folders go; {run} is output.dir; scheme://... with a path handler"
     )
-    every_steps: int = Field(1000, ge=0, description="besides the last step; 0: only the last step")
+    every_steps: int | None = Field(
+        None, ge=0, description="besides the last step; 0: only the last step; None: as often as it pays (Daly's rule)"
+    )
+    mtbf_hours: float = Field(
+        24.0,
+        gt=0,
+        description="mean time between failures of the whole job, which Daly's rule weighs a save's cost against",
+    )
     keep_last: int = Field(
         2, gt=0, description="newest checkpoints that are kept; the second one is what a bad one falls back to"
     )

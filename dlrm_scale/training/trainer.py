@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torchrec.distributed.train_pipeline import TrainPipelineBase, TrainPipelineSparseDist
 
+from dlrm_scale.checkpoint.interval import SaveSchedule
 from dlrm_scale.config import RunConfig
 from dlrm_scale.data.batch import RecBatch
 from dlrm_scale.models.ranking_model import Predictions
@@ -22,7 +23,7 @@ from dlrm_scale.training.keepers import Keepers
 from dlrm_scale.training.monitor import Board, Metrics, PredictionStore, RunningLoss, peak_memory_bytes
 from dlrm_scale.training.optimizers import TrainOptimizer
 from dlrm_scale.training.progress import Progress
-from dlrm_scale.training.ranks import Rank, gather_rows, sum_counts
+from dlrm_scale.training.ranks import Rank, from_first_rank, gather_rows, sum_counts
 from dlrm_scale.training.readers import EvalReader, TrainReader
 from dlrm_scale.training.result import TrainResult
 from dlrm_scale.training.state import RankState
@@ -74,7 +75,9 @@ class Trainer:
         self.loss = RunningLoss(torch.zeros((), device=rank.device))
         self.result = TrainResult()
         self.logged = (0, 0.0)  # timed samples and seconds at the last log
+        self.stepped = (0.0, 0)  # seconds and steps of this attempt, logging, evaluation and saves apart
         self.warm_from = config.log.warmup_steps
+        self.saves = SaveSchedule(config.checkpoint.every_steps, config.checkpoint.mtbf_hours * 3600)
         self._watch_stages()
 
     @property
@@ -89,6 +92,7 @@ class Trainer:
             self.keepers.checkpoints.restore(self)
             self.bad_batches.go_on_from(result.num_steps, result.skipped_micro_batches)
         self.keepers.note("ready", result.num_steps)
+        self.saves.begin(result.num_steps)
         self.warm_from = result.num_steps + self.config.log.warmup_steps
         between_evaluations = (self.eval_reader and self.config.eval.every_steps) or total
         if self.keepers.account:
@@ -156,7 +160,7 @@ class Trainer:
         return self.result.num_steps > first
 
     def _save_is_due(self) -> bool:
-        return self.keepers.checkpoints is not None and due(self.result.num_steps, self.config.checkpoint.every_steps)
+        return self.keepers.checkpoints is not None and self.saves.is_due(self.result.num_steps)
 
     def _save(self) -> None:
         if self.keepers.checkpoints:
@@ -165,7 +169,11 @@ class Trainer:
             if self.keepers.account:
                 self.keepers.account.flush()
             self.keepers.checkpoints.save(self)
-            self.keepers.note("save", self.result.num_steps, time.perf_counter() - started)
+            stall_seconds = time.perf_counter() - started
+            self.keepers.note("save", self.result.num_steps, stall_seconds)
+            if self.saves.measures:
+                steps = self.saves.interval_steps(stall_seconds, self.stepped[0] / self.stepped[1])
+                self.saves.measured(self.result.num_steps, from_first_rank(steps))
 
     def _step(self, pipeline: Any, batches: Iterator[RecBatch]) -> bool:
         """One optimizer step; False if the data had ended."""
@@ -193,15 +201,17 @@ class Trainer:
             self.loss.add(self.guard.loss)
 
     def _start_span(self) -> None:
-        self.span = (time.perf_counter(), self.result.samples_consumed)
+        self.span = (time.perf_counter(), self.result.num_steps, self.result.samples_consumed)
 
     def _end_span(self) -> None:
-        """Counts the time and samples since `_start_span`, unless they belong to the warm-up."""
+        """Counts the time, steps and samples since `_start_span`; in the result, unless they belong to the warm-up."""
         if self.rank.device.type == "cuda":
             torch.cuda.synchronize(self.rank.device)
-        started, samples_before = self.span
+        started, steps_before, samples_before = self.span
+        seconds = time.perf_counter() - started
+        self.stepped = (self.stepped[0] + seconds, self.stepped[1] + self.result.num_steps - steps_before)
         if self.result.num_steps > self.warm_from:
-            self.result.timed_seconds += time.perf_counter() - started
+            self.result.timed_seconds += seconds
             self.result.timed_samples += self.result.samples_consumed - samples_before
 
     def _log(self) -> None:
