@@ -93,6 +93,7 @@ class Trainer:
             self.bad_batches.go_on_from(result.num_steps, result.skipped_micro_batches)
         self.keepers.note("ready", result.num_steps)
         self.saves.begin(result.num_steps)
+        self.saved_step = result.num_steps
         self.warm_from = result.num_steps + self.config.log.warmup_steps
         between_evaluations = (self.eval_reader and self.config.eval.every_steps) or total
         if self.keepers.account:
@@ -118,7 +119,7 @@ class Trainer:
                 self._evaluate()
                 if self._save_is_due() or result.num_steps == total:
                     self._save()
-        if result.preempted:
+        if result.preempted and result.num_steps > self.saved_step:
             self._save()
         if self.keepers.checkpoints:
             self.watchdog.enter("save")
@@ -169,6 +170,7 @@ class Trainer:
             if self.keepers.account:
                 self.keepers.account.flush()
             self.keepers.checkpoints.save(self)
+            self.saved_step = self.result.num_steps
             stall_seconds = time.perf_counter() - started
             self.keepers.note("save", self.result.num_steps, stall_seconds)
             if self.saves.measures:
