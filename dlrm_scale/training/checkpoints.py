@@ -86,7 +86,10 @@ class RunCheckpoints:
         def describe(notes: list[tuple[int | None, tuple[int, dict]]], files: dict[str, FileSum]) -> Manifest:
             forwards, counted = zip(*notes, strict=True)
             epoch = max(epoch for epoch, _ in counted)
-            windows = {str(w): c for e, by_window in counted if e == epoch for w, c in by_window.items()}
+            windows: dict[int, dict[str, int]] = {}
+            for of_epoch, by_window in counted:
+                for window, counts in by_window.items() if of_epoch == epoch else ():
+                    windows.setdefault(window, {}).update(counts)  # one rank counts it; others may know it as done
             return Manifest(
                 format=FORMAT,
                 step=step,
@@ -102,7 +105,7 @@ class RunCheckpoints:
                 progress=progress
                 | {
                     "table_forwards": agree_on_forwards(list(forwards)),
-                    "counted": {"epoch": epoch, "windows": windows},
+                    "counted": {"epoch": epoch, "windows": {str(w): windows[w] for w in sorted(windows)}},
                 },
                 files=files,
             )

@@ -67,7 +67,7 @@ def run_config(**sections) -> RunConfig:
     return tiny_config(
         sharding={"tables": SHARDING},
         train=train,
-        eval={"every_steps": 4},
+        eval={"every_steps": 4, "max_samples": 128},
         log={"every_steps": 3, "window_samples": 300},
         checkpoint={"every_steps": SAVE_AT, "keep_last": 9} | sections.pop("checkpoint", {}),
         **sections,
