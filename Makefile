@@ -29,7 +29,8 @@ quickstart: $(STAMP)
 test: $(STAMP)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	@for lane in $(LANES); do echo "== $$lane"; $(PY) -m pytest $$lane || exit 1; done
+	@for lane in $(LANES); do echo "== $$lane"; \
+		$(PY) -m pytest $$lane $$([ $$lane = tests/unit ] && echo "-n auto") || exit 1; done
 
 # Must also run on an install that is broken or missing.
 doctor:

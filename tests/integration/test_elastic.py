@@ -15,7 +15,7 @@ RANKS = """
 import os, signal, sys, time
 rank, how = int(os.environ["RANK"]), sys.argv[1]
 if how == "well":
-    os.write(1, f"rank {rank} of {os.environ['WORLD_SIZE']}\n".encode())
+    os.write(1, f"rank {rank} of {os.environ['WORLD_SIZE']}\\n".encode())
     sys.exit(0)
 if rank == 1 and how == "refuse":
     print("the config asks for 3 lanes", file=sys.stderr)
@@ -23,7 +23,7 @@ if rank == 1 and how == "refuse":
 if rank == 1 and how == "die":
     os.kill(os.getpid(), signal.SIGKILL)
 # one write: two ranks share the pipe, and print() may write the line and its end apart
-os.write(1, b"waiting\n")
+os.write(1, b"waiting\\n")
 time.sleep(60)
 """
 
