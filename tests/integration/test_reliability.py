@@ -118,5 +118,5 @@ def test_a_killed_rank_starts_all_again_and_the_job_ends_well(start):
 
 def test_a_fault_that_would_come_again_is_not_tried_again(start):
     job = start("--max-restarts", "3", "train.dense={name: sgd, lr: 1e30}")
-    code, _, errors = job.end(timeout=40)
+    code, _, errors = job.end(timeout=90)
     assert code == 1 and "the loss is nan" in errors and "Starting all ranks again" not in errors
