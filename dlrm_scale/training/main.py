@@ -47,23 +47,24 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """One of the exit codes of dlrm_scale/errors.py; 0: trained."""
     args = build_parser().parse_intermixed_args(argv)
+    preemption = Preemption()
     try:
         config = load_config(args.config, args.overrides)
         if args.print_config:
             print(f"# fingerprint {fingerprint(config)}\n{dump_config(config)}", end="")
             return 0
         quiet_libraries()
-        with Preemption() as preemption:
+        with preemption:
             # the libraries take seconds to load, which a wrong key need not wait for
             from dlrm_scale.training.run import run
 
             result = run(config, preemption, STARTED_AT)
     except UserError as e:
-        return _tell(e)
+        return _tell(e, preemption)
     except RuntimeError as e:
         if any(lost in str(e) for lost in LOST_PEER):
             why = str(e).splitlines()[0]
-            return _tell(LostPeerError(f"lost the connection to another rank ({why}); its own error says why"))
+            return _tell(LostPeerError(f"lost the connection to another rank ({why}); its own error says why"), preemption)
         return _crashed()
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
@@ -89,9 +90,14 @@ def _crashed() -> int:
     return EXIT_CRASHED
 
 
-def _tell(error: UserError) -> int:
-    """Prints the error where it happened. A rank that only hears of it, or finds the same as rank 0, first lets that one speak."""
+def _tell(error: UserError, preemption: Preemption) -> int:
+    """Prints the error where it happened. A rank that only hears of it, or finds the same as rank 0, first lets that one speak.
+
+    A rank that the launcher has told to end meanwhile, because of the other, need not say it.
+    """
     rank = int(os.environ.get("RANK", 0))
+    if isinstance(error, LostPeerError) and preemption.requested:
+        return error.exit_code
     if isinstance(error, PeerError) or (isinstance(error, ConfigError | CheckpointError | DivergedError) and rank > 0):
         time.sleep(OTHERS_FIRST_SECONDS)
     where = f" (rank {rank})" if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not isinstance(error, ConfigError) else ""
