@@ -21,15 +21,15 @@ from tools.chaos.verdict import Verdict, judge
 SMALL_STEPS = (
     "device=cpu",
     "train.global_batch_size=256",
-    "train.max_steps=48",
+    "train.max_steps=64",
     "train.schedule.warmup_steps=8",
-    "data.source.num_train=16384",
+    "data.source.num_train=20480",
     "data.source.num_eval=1024",
     "eval.every_steps=6",
     "log.every_steps=2",
     "checkpoint.every_steps=4",
     "checkpoint.keep_last=2",
-    "resilience.watchdog_seconds=8",
+    "resilience.watchdog_seconds=20",
 )
 
 

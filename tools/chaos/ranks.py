@@ -58,13 +58,13 @@ def arm(fault: Fault) -> None:
 
 
 def _struck(
-    batches: Callable[[Any], AbstractContextManager[Iterator[Any]]], strike: Callable[[Any], None]
-) -> Callable[[Any], AbstractContextManager[Iterator[Any]]]:
+    batches: Callable[..., AbstractContextManager[Iterator[Any]]], strike: Callable[[Any], None]
+) -> Callable[..., AbstractContextManager[Iterator[Any]]]:
     """A reader's `batches` that strikes when the trainer takes one."""
 
     @contextmanager
-    def replacement(reader: Any) -> Iterator[Iterator[Any]]:
-        with batches(reader) as stream:
+    def replacement(*args: Any) -> Iterator[Iterator[Any]]:
+        with batches(*args) as stream:
 
             def struck() -> Iterator[Any]:
                 for batch in stream:

@@ -12,6 +12,7 @@ from tools.chaos.faults import Damage, Fault
 
 T = TypeVar("T")
 NUM_RANKS = 2
+TWO_SAVES = 13  # batches of an attempt after which it has saved twice, and not more than trained eight steps since the first
 KILLED_LAUNCHER = -9  # as subprocess tells it
 KILLED_RANK = 128 + 9
 
@@ -70,7 +71,7 @@ def full(seed: int) -> list[Job]:
     loads = [Fault("kill", r, phase) for phase in LOAD_PHASES for r in range(NUM_RANKS)]
     steps = [Fault("kill", rank(), "batch", batch()) for _ in range(4)]
     evaluations = [Fault("kill", r, "evaluation") for r in range(NUM_RANKS)]
-    to_a_save = Fault("kill", rank(), "batch", 9)
+    to_a_save = Fault("kill", rank(), "batch", TWO_SAVES)
     return [
         Job("kill in each phase of an asynchronous save", (Launch(_shuffled(rng, saves)),)),
         Job(
@@ -141,7 +142,7 @@ def small(seed: int) -> list[Job]:
         Job(
             "kills, a damaged checkpoint",
             (
-                Launch((Fault("kill", 1, "batch", 9),), KILLED_RANK),
+                Launch((Fault("kill", 1, "batch", TWO_SAVES),), KILLED_RANK),
                 Launch(faults, damage=Damage("flip a byte", ".distcp")),
             ),
         ),
@@ -154,7 +155,7 @@ def _damaged(rng: np.random.Generator, rank: Callable[[], int]) -> Job:
         for file in (".distcp", ".metadata", "manifest.json")
         for harm in ("cut short", "flip a byte", "remove")
     ]
-    kill = (Fault("kill", rank(), "batch", 9),)
+    kill = (Fault("kill", rank(), "batch", TWO_SAVES),)
     launches = [Launch(kill, KILLED_RANK, damage=damage) for damage in _shuffled(rng, harms)]
     return Job("damage each file of the newest checkpoint", (Launch(kill, KILLED_RANK), *launches, Launch()))
 
