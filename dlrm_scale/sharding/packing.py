@@ -242,35 +242,33 @@ class Packing:
         return self._smooth(sums_S, overflow, self.churn_ms + self._churn(unit, placed)), placed
 
     def random_place(self, unit: int, choice_index: int, rng: np.random.Generator) -> Placed | None:
-        """Of one choice: its blocks one after the other, each at any place that rules allow, on places of their own while
-        there are any; None: a block has no place."""
+        """Of one choice: its blocks one after the other, each at any place that rules allow; None: a block has no place."""
         choice = self.problem.units[unit].choices[choice_index]
         open_P, places = self._open_places(unit, len(self._ranks_of(choice, 0))), []
         for block in range(choice.num_blocks):
             allowed = np.flatnonzero(self._allowed_now(choice, block, places, open_P))
-            fresh = allowed if choice.places is not None else np.setdiff1d(allowed, places)
             if not len(allowed):
                 return None
-            places.append(int(rng.choice(fresh if len(fresh) else allowed)))
+            places.append(int(rng.choice(allowed)))
         return Placed(choice_index, tuple(places))
 
     def _allowed_now(self, choice: Choice, block: int, places: list[int], open_P: np.ndarray) -> np.ndarray:
+        """(P,) bool: where the next block may be, once the ones before it are at `places`. Column shards may share a rank, as in
+        TorchRec; the column blocks of a grid lie on hosts of their own while there are any."""
         if choice.places is not None:
             pinned = np.zeros_like(open_P)
             pinned[choice.places[block]] = True
             return pinned & open_P
-        allowed_P = open_P
+        if not places or choice.scope == "all":
+            return open_P
         if choice.one_host:
             host_of = np.arange(self.problem.num_ranks) // self.problem.ranks_per_host
-            if places:
-                allowed_P = allowed_P & (host_of == host_of[places[0]])
-        if (
-            choice.scope == "host" and places
-        ):  # the column blocks of a grid lie on hosts of their own while there are any
-            fresh_P = allowed_P.copy()
+            return open_P & (host_of == host_of[places[0]])
+        if choice.scope == "host":
+            fresh_P = open_P.copy()
             fresh_P[places] = False
-            allowed_P = fresh_P if fresh_P.any() else allowed_P
-        return allowed_P
+            return fresh_P if fresh_P.any() else open_P
+        return open_P
 
     def _open_places(self, unit: int, width: int) -> np.ndarray:
         """(P,) bool: places all of whose ranks the unit's rules, and the units it must be apart from, leave it."""

@@ -1,9 +1,8 @@
 """Anytime search for the plan of least score: many quick starts, then large-neighbourhood search from the best of them.
 
 A start fixes a choice for every unit and packs them, largest first, each where the smooth score is least (longest processing
-time first). The choices come from targets (nothing larger than T on one rank, at the prices that the bound puts on memory), from
-the three rules that TorchRec's greedy and uniform proposers begin with, and from leaving all choices open. Then units are taken
-out, half of them from the busiest rank, and put back at their best, as long as there are rounds and time. The result depends on
+time first). The choices come from targets (nothing larger than T on one rank, at the prices that the bound puts on memory), and
+from leaving all choices open; beside these, every plan of TorchRec's planner that is better is a start. Then units are taken out, half of them from the busiest rank, and put back at their best, as long as there are rounds and time. The result depends on
 the seed and the rounds alone, unless time cuts the search short, which it says.
 """
 
@@ -18,9 +17,9 @@ import numpy as np
 from dlrm_scale.sharding.bound import Bound, ChoiceTotals, best_mean, cheapest_choices
 from dlrm_scale.sharding.packing import Packing, Placed
 from dlrm_scale.sharding.problem import Problem, Unit
+from dlrm_scale.sharding.torchrec_plans import torchrec_plans
 
 TARGETS = (1.0, 1.03, 1.08, 1.15, 1.3, 1.6, 2.0, 3.0)  # times the bound
-DESCENT_PLACEMENTS = 6000  # of units, in all plans of one of TorchRec's descents
 MORE_WHILE_TOO_FULL = 8  # times the rounds, as long as nothing fits
 BYTES_WEIGHT = 0.03  # of balanced memory, once a plan fits
 SHORT_OF_MEMORY = 0.7  # part of all ranks' memory, taken by the cheapest choices, from which on packing it needs care
@@ -85,13 +84,10 @@ class Search:
 
     def run(self, num_rounds: int) -> Found:
         packings = []
-        for name, chosen in self._starts():
-            packing = self._pack(chosen)
-            if packing is None:
-                continue
+        for name, packing in self._starts():
             self._note(packing, name)
             packings.append((packing.score_ms + packing.overflow * self._scale(), len(packings), name, packing))
-            if self._over():
+            if self.found.cut_short:
                 break
         if not packings:
             return self.found
@@ -129,14 +125,25 @@ class Search:
             found.history.append((found.seconds_to_best, score_ms))
 
     # ---------------------------------------------------------------- starts
-    def _starts(self) -> Iterator[tuple[str, np.ndarray | None]]:
-        """(name, (U,) choice of each unit, or None to leave all open), each only once."""
+    def _starts(self) -> Iterator[tuple[str, Packing]]:
+        """Of our own choices, each only once; then what of TorchRec's plans is better than all of these."""
         seen: set[bytes] = set()
-        for name, chosen in chain(self._priced(), self._uniform(), self._descents()):
-            if (key := chosen.tobytes()) not in seen:
-                seen.add(key)
-                yield name, chosen - self.totals.start_U
-        yield "all open", None
+        for name, chosen in chain(self._priced(), [("all open", None)]):
+            if self._over():
+                break
+            key = b"" if chosen is None else chosen.tobytes()
+            if key in seen:
+                continue
+            seen.add(key)
+            packing = self._pack(None if chosen is None else chosen - self.totals.start_U)
+            if packing is not None:
+                yield name, packing
+        beat_ms = lambda: self.found.score_ms if self.found.fits else math.inf  # noqa: E731
+        for name, placed in torchrec_plans(self.problem, self.totals, beat_ms):
+            packing = self._packing()
+            for unit, place in enumerate(placed):
+                packing.put(unit, place)
+            yield name, packing
 
     def _priced(self) -> Iterator[tuple[str, np.ndarray]]:
         """The cheapest choices under targets, at the prices of the bound, of less memory and of less common load."""
@@ -170,38 +177,10 @@ class Search:
                 if value < math.inf:
                     yield f"target x{target:g}, common load x{part:g}", allowed_N, price_3
 
-    def _uniform(self) -> Iterator[tuple[str, np.ndarray]]:
-        """By the sum, and by the largest shard, over all scopes and over each scope that every unit has (TorchRec's uniform proposer
-        goes by sharding type, of which some cost the same)."""
-        totals = self.totals
-        scope_N = np.array([choice.scope for unit in self.problem.units for choice in unit.choices])
-        for name, judged in (("sum", totals), ("depth", replace(totals, ms_N=totals.worst_ms_N))):
-            yield f"least {name}", cheapest_choices(judged, self._fits_N, np.zeros(3))
-            for scope in ("rank", "host", "all"):
-                allowed_N = self._fits_N & (scope_N == scope)
-                if np.logical_or.reduceat(allowed_N, totals.start_U).all():
-                    yield f"least {name}, {scope}", cheapest_choices(judged, allowed_N, np.zeros(3))
-
-    def _descents(self) -> Iterator[tuple[str, np.ndarray]]:
-        """What TorchRec's greedy proposers propose: each table's best option, by sum or by largest shard, and then again and again
-        the table with the largest shard in memory moves on to its next best. As many as are quick."""
-        totals = self.totals
-        num_units = len(totals.start_U)
-        stop_U = np.append(totals.start_U[1:], len(totals.ms_N))
-        for name, score_N in (("sum", totals.ms_N), ("depth", totals.worst_ms_N)):
-            order_N = np.lexsort((score_N, ~self._fits_N, np.repeat(np.arange(num_units), stop_U - totals.start_U)))
-            at_U = totals.start_U.copy()
-            for step in range(DESCENT_PLACEMENTS // num_units):
-                yield f"greedy by {name}, step {step}", order_N[at_U]
-                rank_bytes_U = np.where(at_U + 1 < stop_U, totals.worst_bytes_N2[order_N[at_U], 0], -1.0)
-                if rank_bytes_U.max() < 0:
-                    break
-                at_U[rank_bytes_U.argmax()] += 1
-
     def _pack(self, chosen_U: np.ndarray | None) -> Packing | None:
         """None: some unit found no place that its rules allow."""
         problem, totals = self.problem, self.totals
-        packing = Packing(problem, self._scale(), 4, balance_bytes=self._is_short_of_memory)
+        packing = self._packing()
         if chosen_U is None:
             at_N = cheapest_choices(totals, np.ones(len(totals.ms_N), dtype=bool), self.bound.price_3)
         else:
@@ -217,6 +196,9 @@ class Search:
                 return None
             packing.put(unit, fit[1])
         return packing
+
+    def _packing(self) -> Packing:
+        return Packing(self.problem, self._scale(), JUDGE_DOUBLINGS, balance_bytes=self._is_short_of_memory)
 
     def _freedom(self, unit: Unit) -> int:
         """Ranks that its rules leave a unit: those with the fewest are placed first. All of them: as many as there are units."""

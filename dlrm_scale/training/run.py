@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
-from dlrm_scale.cluster import this_cluster
+from dlrm_scale.cluster import ClusterSpec, check_ranks, load_cluster, this_cluster
 from dlrm_scale.config import RunConfig, check_num_ranks
 from dlrm_scale.config_io import dump_config, fingerprint
 from dlrm_scale.data.open import open_source, preflight
@@ -75,9 +75,13 @@ def prepare(config: RunConfig, rank: Rank) -> Prepared:
 
 def make_plan(config: RunConfig, rank: Rank) -> Plan:
     """The plan that `sharding.plan` names, or a new one for ranks like this."""
+    if config.sharding.replica_groups > 1:
+        raise ConfigError(
+            f"sharding.replica_groups is {config.sharding.replica_groups}, which can be planned but not trained yet: TorchRec 1.8.0's "
+            "DMPCollection runs on CUDA and MTIA only, and no test here has one; set it to 1"
+        )
     model = build_model(config, dense_device=torch.device("meta"))  # also where features that do not suit the arch show
-    cluster = this_cluster(rank.world_size, rank.ranks_per_host, rank.device.type)
-    request = plan_request(config, cluster, model.num_dense_parameters)
+    request = plan_request(config, _cluster(config, rank), model.num_dense_parameters)
     if config.sharding.plan is not None:
         return load_plan(config.sharding.plan, request)
     try:
@@ -86,6 +90,15 @@ def make_plan(config: RunConfig, rank: Rank) -> Plan:
         raise NoPlanError(
             f"{e}\n  what would make it fit (fp16, more types, host memory, more hosts): python -m tools.plan_sharding tries it"
         ) from None
+
+
+def _cluster(config: RunConfig, rank: Rank) -> ClusterSpec:
+    ranks = rank.world_size, rank.ranks_per_host, rank.device.type
+    if config.sharding.cluster is None:
+        return this_cluster(*ranks)
+    cluster = load_cluster(config.sharding.cluster)
+    check_ranks(cluster, config.sharding.cluster, *ranks)
+    return cluster
 
 
 def _make_run_dir(config: RunConfig) -> Path:

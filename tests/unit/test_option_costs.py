@@ -25,11 +25,11 @@ from torchrec.distributed.planner.estimator.types import (
 from torchrec.distributed.planner.shard_estimators import EmbeddingStorageEstimator
 from torchrec.distributed.planner.types import ParameterConstraints
 from torchrec.distributed.types import CacheParams, PipelineType
-from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, EmbeddingConfig
-from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
+from torchrec.modules.embedding_configs import DataType
 
 from dlrm_scale.cluster import CostCoefficients
 from dlrm_scale.config import PLAIN_SPARSE_OPTIMIZERS, SEQUENCE_SHARDING_TYPES, SparseOptimizer, TableSharding
+from dlrm_scale.sharding.meta_world import bare_collections
 from dlrm_scale.sharding.options import BYTE_KINDS, STAGES, OptionSet, enumerate_options
 from dlrm_scale.sharding.plan import PlanRequest, TableSpec
 from dlrm_scale.sharding.sharders import FUSED_OPTIMIZERS, make_sharders
@@ -96,7 +96,7 @@ def torchrecs(request: PlanRequest) -> dict[tuple, np.ndarray]:
     if machines.device == "cpu":  # where the stock ones have no row-wise types
         sharders = make_sharders(SparseOptimizer(), "cpu")
     found = {}
-    for option in enumerator.enumerate(collections(request), sharders):
+    for option in enumerator.enumerate(bare_collections(request), sharders):
         cached = option.compute_kernel == "fused_uvm_caching"
         factor = (0.2 if option.cache_load_factor is None else option.cache_load_factor) if cached else None
         # On cuda hbm and ddr are the device's and the host's; on cpu the device's memory is ddr
@@ -129,28 +129,6 @@ def torchrecs_constraints(name: str, request: PlanRequest) -> ParameterConstrain
         feature_names=list(spec.expected_ids_by_feature),
         cache_params=cache,
     )
-
-
-def collections(request: PlanRequest) -> nn.Module:
-    model = nn.Module()
-    for path, kind, config, collection in (
-        ("bags", "bags", EmbeddingBagConfig, EmbeddingBagCollection),
-        ("sequences", "sequences", EmbeddingConfig, EmbeddingCollection),
-    ):
-        configs = [
-            config(
-                name=name,
-                num_embeddings=spec.num_embeddings,
-                embedding_dim=spec.embedding_dim,
-                feature_names=list(spec.expected_ids_by_feature),
-                data_type=DATA_TYPES[spec.data_type],
-            )
-            for name, spec in request.tables.items()
-            if spec.collection == kind
-        ]
-        if configs:
-            setattr(model, path, collection(configs, device=torch.device("meta")))
-    return model
 
 
 def check_equals_torchrec(request: PlanRequest) -> None:

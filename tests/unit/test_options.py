@@ -197,18 +197,9 @@ def with_two_sequence_widths() -> PlanRequest:
     return request_of(tables, TWO_HOSTS, {"u": TableSharding(min_partition=64)})
 
 
-def with_unknown_table() -> PlanRequest:
-    return request_of({"t": spec()}, TWO_HOSTS, {"u": TableSharding(), "v": TableSharding()})
-
-
 @pytest.mark.parametrize(
     ("asked", "error", "said"),
     [
-        (
-            with_unknown_table(),
-            ConfigError,
-            "sharding.tables names u, v, which the model does not have; its tables are t",
-        ),
         (
             request(cluster("cpu", 2, 2), {"kernels": ("fused", "fused_uvm")}),
             ConfigError,

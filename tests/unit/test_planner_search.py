@@ -11,11 +11,12 @@ from dlrm_scale.config import SparseOptimizer, TableSharding
 from dlrm_scale.errors import ConfigError, PlanError
 from dlrm_scale.sharding.bound import choice_totals, lower_bound
 from dlrm_scale.sharding.explain import changes, explain, packing_of
+from dlrm_scale.sharding.meta_world import bare_collections
 from dlrm_scale.sharding.plan import PlanRequest, save_plan
 from dlrm_scale.sharding.planner import find_plan, prepare
 from dlrm_scale.sharding.sharders import make_sharders
 from tools.benchmark.exact import exact_optimum
-from tools.benchmark.stock import bag_model, topology
+from tools.benchmark.stock import topology
 from tools.benchmark.workloads import filled, random_request, stock_options
 
 SEED = 0
@@ -84,7 +85,7 @@ def test_score_is_torchrecs_own_rating_of_the_plan(objective):
     }
     machines = topology(request.cluster)
     enumerator = EmbeddingEnumerator(machines, request.local_batch_size, constraints)
-    options = enumerator.enumerate(bag_model(request), make_sharders(SparseOptimizer(name="sgd"), "cuda"))
+    options = enumerator.enumerate(bare_collections(request), make_sharders(SparseOptimizer(name="sgd"), "cuda"))
     assert len({option.sharding_type for option in options}) > 1
     for option in options:
         for shard, rank in zip(option.shards, plan.tables[option.name].ranks, strict=True):
