@@ -74,6 +74,11 @@ class Packing:
     def smooth(self) -> float:
         return self._smooth(self._powers_SR.sum(axis=1), self.overflow, self.churn_ms)
 
+    @property
+    def bytes_norm(self) -> float:
+        """Of the ranks' device memory; with `balance_bytes` only."""
+        return float(self._powers_SR[-1].sum() ** (1 / self.power))
+
     def _smooth(self, sums_S: np.ndarray, overflow: float, churn_ms: float) -> float:
         return float(self.weight_S @ sums_S ** (1 / self.power) + OVERFLOW_WEIGHT * overflow + churn_ms / self.scale_ms)
 
@@ -131,18 +136,17 @@ class Packing:
     def save(self) -> tuple:
         return self.use_KR.copy(), self._powers_SR.copy(), self.over_R.copy(), self.churn_ms
 
-    def restore(self, saved: tuple, before: dict[int, Placed]) -> None:
-        """Back to `save`d: `before` holds what the units that changed since then were."""
-        for unit in before:
+    def restore(self, saved: tuple, placed: list[Placed]) -> None:
+        """Back to `save`d, when units were at `placed`."""
+        self.use_KR, self._powers_SR, self.over_R, self.churn_ms = saved
+        changed = [unit for unit, now in enumerate(self.placed) if now is not placed[unit]]
+        for unit in changed:
             for ranks in self._near(unit):
                 ranks.discard(unit)
-        self.use_KR, self._powers_SR, self.over_R, self.churn_ms = saved
-        for unit, placed in before.items():
-            self.placed[unit] = placed
-            choice = self.problem.units[unit].choices[placed.choice]
-            for place in placed.places:
-                for rank in self._ranks_of(choice, place):
-                    self.on_rank[rank].add(unit)
+        for unit in changed:
+            self.placed[unit] = placed[unit]
+            for ranks in self._near(unit):
+                ranks.add(unit)
 
     def become(self, placed: list[Placed]) -> None:
         """Changes whatever differs from `placed`."""
@@ -279,6 +283,25 @@ class Packing:
             allowed_R = allowed_R.copy()
             allowed_R[taken] = False
         return allowed_R if width == 1 else allowed_R.reshape(-1, width).all(axis=1)
+
+    def pressed_rank(self) -> int:
+        """The one that holds most too much; where all fits, the busiest."""
+        if self.over_R.max() > 0:
+            return int(self.over_R.argmax())
+        return int(self.use_KR[: self.problem.num_channels].sum(axis=0).argmax())
+
+    def cost_of_shift(self, rank: int, others_J: np.ndarray, shift_KIJ: np.ndarray) -> np.ndarray:
+        """(I, J) what the smooth score rises by, to first order, when `rank` gets `shift_KIJ` more and `others_J` that much less."""
+        C, S = self.problem.num_channels, self.num_rows
+        here_KIJ = self.use_KR[:, rank, None, None] + shift_KIJ
+        there_KIJ = self.use_KR[:, None, others_J] - shift_KIJ
+        before_SJ = self._powers_SR[:, rank, None] + self._powers_SR[:, others_J]
+        added_SIJ = self._raise(here_KIJ[:S]) + self._raise(there_KIJ[:S]) - before_SJ[:, None]
+        slope_S = self.weight_S * np.maximum(self._powers_SR.sum(axis=1), 1e-9) ** (1 / self.power - 1) / self.power
+        shape = shift_KIJ.shape[1:]
+        over_IJ = sum(self._over(after[C:].reshape(2, -1)).reshape(shape) for after in (here_KIJ, there_KIJ))
+        over_IJ = over_IJ - self.over_R[rank] - self.over_R[others_J]
+        return np.einsum("sij,s->ij", added_SIJ, slope_S) + OVERFLOW_WEIGHT * over_IJ
 
     # ---------------------------------------------------------------- churn
     def _churn(self, unit: int, placed: Placed) -> float:

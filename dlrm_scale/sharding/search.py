@@ -17,6 +17,7 @@ import numpy as np
 from dlrm_scale.sharding.bound import Bound, ChoiceTotals, best_mean, cheapest_choices
 from dlrm_scale.sharding.packing import Packing, Placed
 from dlrm_scale.sharding.problem import Problem, Unit
+from dlrm_scale.sharding.swaps import movable, swap_down
 from dlrm_scale.sharding.torchrec_plans import torchrec_plans
 
 TARGETS = (1.0, 1.03, 1.08, 1.15, 1.3, 1.6, 2.0, 3.0)  # times the bound
@@ -33,6 +34,11 @@ INSERT_DOUBLINGS = (1, 7)  # and units put back by one drawn anew each round: fr
 REMOVED = 0.35  # of the geometric distribution of how many units a round takes out, after the first
 NUM_RETURNS = 8  # times that a descent goes back to its best plan
 FORCED_FIRST, FORCED = 0.5, 0.05  # part of the units put back, first and later, whose choice is drawn
+STALE_ROUNDS, STALE_PART = 150, 0.35  # rounds, at least and as a part of a leg's, without a gain of note that end it
+STALE_GAIN = 1e-4
+MOST_SWAPS = 4  # in a round
+MOST_SWAPPED_UNITS = 600  # with more, a round of taking out and putting back finds as much sooner
+LEVEL_FAILURES, LEVEL_GAIN = 60, 1e-6  # tries in a row that end the levelling of memory; part of the norm that counts
 FITS = 1e-12  # overflow below this is rounding
 
 
@@ -78,6 +84,7 @@ class Search:
         self.found = Found()
         self._fits_N = (totals.worst_bytes_N2 <= problem.capacity).all(axis=1)
         self._cheapest_U = cheapest_choices(totals, self._fits_N, np.zeros(3))
+        self._movable_U = [movable(unit) for unit in problem.units]
         self._freedom_U = np.array([self._freedom(unit) for unit in problem.units])
         wanted_bytes = float(totals.bytes_N2[self._cheapest_U, 0].sum())
         self._is_short_of_memory = wanted_bytes > SHORT_OF_MEMORY * problem.capacity[0] * problem.num_ranks
@@ -105,6 +112,7 @@ class Search:
             if self.found.fits or self._over():
                 break
             self._improve(nearest[-1], nearest[-2], num_rounds, num_rounds, num_rounds)
+        self._level_memory()
         return self.found
 
     def _over(self) -> bool:
@@ -216,25 +224,24 @@ class Search:
         packing.weigh_bytes(1.0 if packing.overflow > FITS else BYTES_WEIGHT)
         packing.sharpen(JUDGE_DOUBLINGS)
         least, least_placed = packing.smooth, list(packing.placed)
-        at_least = True
+        at_least, last_gain = True, 0
         for round_ in range(num_rounds):
-            if self._over():
+            if self._over() or round_ - last_gain > max(STALE_ROUNDS, STALE_PART * num_rounds):
                 return
             slack = MOST_SLACK * (1 - round_ / num_rounds) ** 2
             if round_ % (num_rounds // NUM_RETURNS + 1) == 0 and not at_least:
                 packing.become(least_placed)
                 at_least = True
-            units = self._neighbourhood(packing)
-            saved, before = packing.save(), {unit: packing.placed[unit] for unit in units}
-            for unit in units:
-                packing.take(unit)
-            packing.sharpen(int(self.rng.integers(*INSERT_DOUBLINGS)))
-            placed = self._put_back(packing, units)
-            packing.sharpen(JUDGE_DOUBLINGS)
-            smooth = packing.smooth
-            if placed and smooth <= least * (1 + slack):
+            saved, before = packing.save(), list(packing.placed)
+            if self._reinsert(packing, self._neighbourhood(packing)):
+                self._swap(packing)
+                smooth = packing.smooth
+            else:
+                smooth = math.inf
+            if smooth <= least * (1 + slack):
                 at_least = smooth <= least
                 if smooth < least:
+                    last_gain = round_ if smooth < least * (1 - STALE_GAIN) else last_gain
                     least, least_placed = smooth, list(packing.placed)
                 self._note(packing, name)
             else:
@@ -242,6 +249,50 @@ class Search:
             self.found.num_rounds += 1
             if self.progress is not None and round_ % 16 == 0:
                 self.progress((done + round_) / of, self.found)
+
+    def _reinsert(self, packing: Packing, units: list[int]) -> bool:
+        """Takes units out and puts them back; False: some unit found no place."""
+        for unit in units:
+            packing.take(unit)
+        packing.sharpen(int(self.rng.integers(*INSERT_DOUBLINGS)))
+        placed = self._put_back(packing, units)
+        packing.sharpen(JUDGE_DOUBLINGS)
+        return placed
+
+    def _swap(self, packing: Packing) -> None:
+        if self.problem.churn is None and len(self.problem.units) <= MOST_SWAPPED_UNITS:
+            swap_down(packing, MOST_SWAPS, self._movable_U)
+
+    def _level_memory(self) -> None:
+        """Where time allows several places, the one with more memory left: the fullest rank's memory goes down, the score not up."""
+        found, problem = self.found, self.problem
+        if not found.fits or self._is_short_of_memory or problem.num_ranks == 1 or problem.churn is not None:
+            return
+        packing = Packing(problem, self._scale(), JUDGE_DOUBLINGS, balance_bytes=True)
+        for unit, placed in enumerate(found.placed):
+            packing.put(unit, placed)
+        limit_ms, failures = max(found.score_ms, packing.score_ms), 0
+        while failures < LEVEL_FAILURES and time.monotonic() < self.deadline:
+            saved, before, was = packing.save(), list(packing.placed), packing.bytes_norm
+            fullest, emptiest = (
+                int(packing.use_KR[problem.num_channels].argmax()),
+                int(packing.use_KR[problem.num_channels].argmin()),
+            )
+            weights_N = self.totals.worst_bytes_N2[:, 0]
+            units = {*self._drawn(packing, fullest, 1, weights_N), *self._drawn(packing, emptiest, 1, weights_N)}
+            units.add(int(self.rng.integers(len(problem.units))))
+            placed = self._reinsert(packing, sorted(units))
+            if (
+                placed
+                and packing.score_ms <= limit_ms
+                and packing.overflow <= FITS
+                and packing.bytes_norm < was * (1 - LEVEL_GAIN)
+            ):
+                failures = 0
+            else:
+                packing.restore(saved, before)
+                failures += 1
+        found.placed = tuple(packing.placed)
 
     def _neighbourhood(self, packing: Packing) -> list[int]:
         """Units to take out: about half from a busy rank (or one that holds too much), the others from anywhere."""
