@@ -1,6 +1,8 @@
 """A partial plan that units are put into and taken out of, and what the next one would cost at every place."""
 
 # n choices of one batch  C channels  S balanced quantities  K = C + 2 quantities  R ranks  H hosts  L ranks of a host  P places  W ranks of a block
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -241,7 +243,7 @@ class Packing:
             place = int(np.where(allowed_P, cost_P, NO_PLACE).argmin())
             use_KR.reshape(C + 2, -1, width)[:, place] = after_KPW[:, place]
             places.append(place)
-        placed = Placed(choice_index, tuple(places))
+        placed = Placed(choice_index, in_order(choice, places))
         sums_S, overflow = self._raise(use_KR[:S]).sum(axis=1), float(self._over(use_KR[C:]).sum())
         return self._smooth(sums_S, overflow, self.churn_ms + self._churn(unit, placed)), placed
 
@@ -254,7 +256,7 @@ class Packing:
             if not len(allowed):
                 return None
             places.append(int(rng.choice(allowed)))
-        return Placed(choice_index, tuple(places))
+        return Placed(choice_index, in_order(choice, places))
 
     def _allowed_now(self, choice: Choice, block: int, places: list[int], open_P: np.ndarray) -> np.ndarray:
         """(P,) bool: where the next block may be, once the ones before it are at `places`. Column shards may share a rank, as in
@@ -308,7 +310,20 @@ class Packing:
         if self.problem.churn is None:
             return 0.0
         choice = self.problem.units[unit].choices[placed.choice]
-        return sum(float(self._churn_of_block(unit, choice, i)[place]) for i, place in enumerate(placed.places))
+        there = Counter(self._previous_places(unit, choice))
+        ms = 0.0
+        for place, block in zip(placed.places, _each_block(choice), strict=True):
+            if there[place]:
+                there[place] -= 1
+            else:
+                ms += float(block[self.problem.num_channels :].sum()) * self.problem.churn.ms_per_byte
+        return ms
+
+    def _previous_places(self, unit: int, choice: Choice) -> tuple[int, ...]:
+        """Where the blocks of the same choice lie in the plan to stay close to; none where that has another choice."""
+        churn, tables = self.problem.churn, self.problem.units[unit].tables
+        same = all(churn.option[t] == o for t, o in zip(tables, choice.options, strict=True))
+        return churn.places[tables[0]] if same else ()
 
     def _churn_of_block(self, unit: int, choice: Choice, block: int) -> np.ndarray:
         """(P,) ms of the choice's `block`-th block by place: its bytes, unless the previous plan has one like it there."""
@@ -318,9 +333,7 @@ class Packing:
             return np.zeros(num_places)
         block_bytes = float(list(_each_block(choice))[block][self.problem.num_channels :].sum())
         ms_P = np.full(num_places, block_bytes * churn.ms_per_byte)
-        tables = self.problem.units[unit].tables
-        if all(churn.option[t] == o for t, o in zip(tables, choice.options, strict=True)):
-            ms_P[list(churn.places[tables[0]])] = 0.0
+        ms_P[list(self._previous_places(unit, choice))] = 0.0
         return ms_P
 
     def _churn_by_place(self, unit: Unit, choices: list[Choice]) -> np.ndarray | None:
@@ -328,6 +341,11 @@ class Packing:
             return None
         index = next(i for i, other in enumerate(self.problem.units) if other is unit)
         return np.stack([self._churn_of_block(index, choice, 0) for choice in choices])
+
+
+def in_order(choice: Choice, places: Sequence[int]) -> tuple[int, ...]:
+    """Equal blocks that no rule tells apart, by place: so that plans are alike that differ in nothing else."""
+    return tuple(places if len(choice.blocks) > 1 or choice.places is not None else sorted(places))
 
 
 def _each_block(choice: Choice) -> list[np.ndarray]:

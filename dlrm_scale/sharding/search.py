@@ -8,7 +8,7 @@ the seed and the rounds alone, unless time cuts the search short, which it says.
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import chain
 
@@ -134,7 +134,9 @@ class Search:
 
     # ---------------------------------------------------------------- starts
     def _starts(self) -> Iterator[tuple[str, Packing]]:
-        """Of our own choices, each only once; then what of TorchRec's plans is better than all of these."""
+        """The plan to stay close to; our own choices, each only once; then what of TorchRec's plans is better than all of these."""
+        if (previous := self._previous()) is not None:
+            yield "the plan to stay close to", self._packing(previous)
         seen: set[bytes] = set()
         for name, chosen in chain(self._priced(), [("all open", None)]):
             if self._over():
@@ -148,10 +150,18 @@ class Search:
                 yield name, packing
         beat_ms = lambda: self.found.score_ms if self.found.fits else math.inf  # noqa: E731
         for name, placed in torchrec_plans(self.problem, self.totals, beat_ms):
-            packing = self._packing()
-            for unit, place in enumerate(placed):
-                packing.put(unit, place)
-            yield name, packing
+            yield name, self._packing(placed)
+
+    def _previous(self) -> list[Placed] | None:
+        """None: there is none, or it has a table in a way that this request leaves out, or rules on places."""
+        churn, previous = self.problem.churn, []
+        for unit in self.problem.units if churn is not None else ():
+            options, places = tuple(churn.option[table] for table in unit.tables), churn.places[unit.tables[0]]
+            choice = next((i for i, c in enumerate(unit.choices) if c.options == options), None)
+            if choice is None or not movable(unit):  # a rule may have come since
+                return None
+            previous.append(Placed(choice, places))
+        return previous or None
 
     def _priced(self) -> Iterator[tuple[str, np.ndarray]]:
         """The cheapest choices under targets, at the prices of the bound, of less memory and of less common load."""
@@ -205,8 +215,12 @@ class Search:
             packing.put(unit, fit[1])
         return packing
 
-    def _packing(self) -> Packing:
-        return Packing(self.problem, self._scale(), JUDGE_DOUBLINGS, balance_bytes=self._is_short_of_memory)
+    def _packing(self, placed: Iterable[Placed] = (), balance_bytes: bool | None = None) -> Packing:
+        balance_bytes = self._is_short_of_memory if balance_bytes is None else balance_bytes
+        packing = Packing(self.problem, self._scale(), JUDGE_DOUBLINGS, balance_bytes)
+        for unit, place in enumerate(placed):
+            packing.put(unit, place)
+        return packing
 
     def _freedom(self, unit: Unit) -> int:
         """Ranks that its rules leave a unit: those with the fewest are placed first. All of them: as many as there are units."""
@@ -268,9 +282,7 @@ class Search:
         found, problem = self.found, self.problem
         if not found.fits or self._is_short_of_memory or problem.num_ranks == 1 or problem.churn is not None:
             return
-        packing = Packing(problem, self._scale(), JUDGE_DOUBLINGS, balance_bytes=True)
-        for unit, placed in enumerate(found.placed):
-            packing.put(unit, placed)
+        packing = self._packing(found.placed, balance_bytes=True)
         limit_ms, failures = max(found.score_ms, packing.score_ms), 0
         while failures < LEVEL_FAILURES and time.monotonic() < self.deadline:
             saved, before, was = packing.save(), list(packing.placed), packing.bytes_norm
@@ -292,7 +304,7 @@ class Search:
             else:
                 packing.restore(saved, before)
                 failures += 1
-        found.placed = tuple(packing.placed)
+        found.placed, found.score_ms = tuple(packing.placed), min(found.score_ms, packing.score_ms)
 
     def _neighbourhood(self, packing: Packing) -> list[int]:
         """Units to take out: about half from a busy rank (or one that holds too much), the others from anywhere."""

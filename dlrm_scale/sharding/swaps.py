@@ -5,7 +5,7 @@ from itertools import combinations
 
 import numpy as np
 
-from dlrm_scale.sharding.packing import Packing, Placed
+from dlrm_scale.sharding.packing import Packing, Placed, in_order
 from dlrm_scale.sharding.problem import Unit
 
 MOST_ON_A_RANK = 12  # shards, of which pairs are tried too
@@ -43,8 +43,9 @@ def _swap_once(packing: Packing, movable_U: list[bool]) -> bool:
     moved = {block: other for block in sets_R[at_I[i]]} | {block: pressed for block in sets_R[at_J[j]]}
     for unit in {unit for unit, _ in moved}:
         placed = packing.take(unit)
-        places = tuple(moved.get((unit, index), place) for index, place in enumerate(placed.places))
-        packing.put(unit, Placed(placed.choice, places))
+        places = [moved.get((unit, index), place) for index, place in enumerate(placed.places)]
+        choice = packing.problem.units[unit].choices[placed.choice]
+        packing.put(unit, Placed(placed.choice, in_order(choice, places)))
     return True
 
 

@@ -14,13 +14,12 @@ from itertools import chain
 import numpy as np
 
 from dlrm_scale.sharding.bound import ChoiceTotals
-from dlrm_scale.sharding.packing import Placed
+from dlrm_scale.sharding.packing import Placed, in_order
 from dlrm_scale.sharding.problem import SCOPES, Choice, Problem
 
 MOST_PLACED = 400_000  # units in all plans that are placed, about a second; then proposals end
+ROUNDING = 1e-12
 Taken = tuple[float, float, float]  # milliseconds, device bytes and host bytes of one rank
-
-# TorchRec sorts proposals and devices by these, and breaks ties as the order of tables and ranks does
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ def torchrec_plans(
 
     def promising(at_U: np.ndarray, mean_ms: float) -> bool:
         """By its mean, and by its largest shard above what lies on all ranks."""
-        limit = beat_ms()
+        limit = beat_ms() * (1 - ROUNDING)
         if mean_ms >= limit:
             return False
         apart_U = totals.common_ms_N[at_U] == 0
@@ -66,10 +65,11 @@ def torchrec_plans(
         seen.add(key)
         for order, size_N in (("time", totals.ms_N), ("bytes", totals.bytes_N2[:, 0])):
             num_placed += len(at_U)
-            places = partitioner.place(at_U, size_N, beat_ms())
+            places = partitioner.place(at_U, size_N, beat_ms() * (1 - ROUNDING))
             if places is not None:
                 chosen = (at_U - totals.start_U).tolist()
-                yield f"TorchRec's {name}, {order}", [Placed(c, p) for c, p in zip(chosen, places, strict=True)]
+                units = zip(problem.units, chosen, places, strict=True)
+                yield f"TorchRec's {name}, {order}", [Placed(c, in_order(u.choices[c], p)) for u, c, p in units]
         if num_placed > MOST_PLACED:
             return
 
@@ -106,7 +106,7 @@ def _descent(
     index_U, at_U = start_U.copy(), order_N[start_U]
     total_ms, step = float(totals.ms_N[at_U].sum()), 0
     while True:
-        if promising(at_U, total_ms / problem.num_ranks * (1 - 1e-9)):
+        if promising(at_U, total_ms / problem.num_ranks * (1 - ROUNDING)):
             yield f"{name}, step {step}", at_U.copy()
         if not largest_first:
             return

@@ -25,7 +25,6 @@ from torchrec.distributed.planner.estimator.types import (
 from torchrec.distributed.planner.shard_estimators import EmbeddingStorageEstimator
 from torchrec.distributed.planner.types import ParameterConstraints
 from torchrec.distributed.types import CacheParams, PipelineType
-from torchrec.modules.embedding_configs import DataType
 
 from dlrm_scale.cluster import CostCoefficients
 from dlrm_scale.config import PLAIN_SPARSE_OPTIMIZERS, SEQUENCE_SHARDING_TYPES, SparseOptimizer, TableSharding
@@ -38,7 +37,7 @@ from tests.support.requests import CLUSTERS, cluster, random_request, request_of
 from tools.benchmark.stock import topology
 
 WEIGHTS, OPTIMIZER, _, INPUTS, _ = range(len(BYTE_KINDS))
-DATA_TYPES = {"fp32": DataType.FP32, "fp16": DataType.FP16}
+TORCHREC_STAGES = [stage for stage in STAGES if stage != "replica_sync"]
 MIXED = CostCoefficients(input_read=0.3, lookup=1.7, output_write=2.2, hash_size=0.9, backward=3.1)
 
 
@@ -52,7 +51,7 @@ def ours(request: PlanRequest) -> dict[tuple, np.ndarray]:
     device_bytes = options.group_device_bytes[:, kinds].sum(1)
     if request.cluster.device == "cpu":
         device_bytes -= options.group_device_bytes[:, INPUTS] / 2  # TorchRec counts one batch's ids on cpu
-    columns = [options.group_num_rows, options.group_num_columns, *options.group_ms.T]
+    columns = [options.group_num_rows, options.group_num_columns, *options.group_ms[:, : len(TORCHREC_STAGES)].T]
     groups = np.stack([*columns, device_bytes, options.group_host_bytes[:, kinds].sum(1)], axis=1)
     return {
         key: np.repeat(groups[mine], options.group_num_shards[mine], axis=0)
@@ -105,7 +104,7 @@ def torchrecs(request: PlanRequest) -> dict[tuple, np.ndarray]:
         ]
         found[option.name, option.sharding_type, option.compute_kernel, factor] = np.array(
             [
-                [*s.size, *(getattr(s.perf, stage) for stage in STAGES), *tier]
+                [*s.size, *(getattr(s.perf, stage) for stage in TORCHREC_STAGES), *tier]
                 for s, tier in zip(option.shards, tiers, strict=True)
             ]
         )

@@ -239,7 +239,6 @@ def with_two_sequence_widths() -> PlanRequest:
         ),
     ],
     ids=[
-        "table",
         "kernel",
         "collection",
         "optimizer",
