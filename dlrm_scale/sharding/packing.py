@@ -48,6 +48,8 @@ class Packing:
         self.placed: list[Placed | None] = [None] * len(problem.units)
         self.on_rank: list[set[int]] = [set() for _ in range(problem.num_ranks)]
         self.use_KR = np.zeros((problem.num_channels + 2, problem.num_ranks))
+        self._powers_SR = np.zeros((self.num_rows, problem.num_ranks))
+        self.over_R = np.zeros(problem.num_ranks)
         self.churn_ms = 0.0
         self._batches: dict[int, list[_Batch]] = {}
         self._odd: dict[int, list[int]] = {}
@@ -59,7 +61,7 @@ class Packing:
 
     def sharpen(self, doublings: int) -> None:
         self.doublings, self.power = doublings, 2**doublings
-        self._refresh(np.arange(self.problem.num_ranks))
+        self._refresh(slice(None))
 
     # ---------------------------------------------------------------- scores
     @property
@@ -94,18 +96,16 @@ class Packing:
 
     def _over(self, bytes_tier_first: np.ndarray) -> np.ndarray:
         """Overflow of (..., 2, X) bytes: (..., X)."""
+        if not self.problem.may_overflow:
+            return np.zeros((*bytes_tier_first.shape[:-2], bytes_tier_first.shape[-1]))
         capacity = self.problem.capacity[:, None]
         room = np.maximum(capacity, 1.0)
         return (np.maximum(bytes_tier_first - capacity, 0) / room).sum(axis=-2)
 
-    def _refresh(self, ranks: np.ndarray) -> None:
+    def _refresh(self, ranks: slice) -> None:
         C, S = self.problem.num_channels, self.num_rows
-        if len(ranks) == self.problem.num_ranks:
-            self._powers_SR = self._raise(self.use_KR[:S])
-            self.over_R = self._over(self.use_KR[C:])
-        else:
-            self._powers_SR[:, ranks] = self._raise(self.use_KR[:S, ranks])
-            self.over_R[ranks] = self._over(self.use_KR[C:, ranks])
+        self._powers_SR[:, ranks] = self._raise(self.use_KR[:S, ranks])
+        self.over_R[ranks] = self._over(self.use_KR[C:, ranks])
 
     # ---------------------------------------------------------------- changes
     def put(self, unit: int, placed: Placed) -> None:
@@ -120,20 +120,15 @@ class Packing:
 
     def _change(self, unit: int, placed: Placed, sign: int) -> None:
         choice = self.problem.units[unit].choices[placed.choice]
-        touched = set()
-        for block, place in zip(_each_block(choice), placed.places, strict=True):
-            ranks = self._ranks_of(choice, place)
-            self.use_KR[:, ranks] += sign * block
-            touched.update(ranks.tolist())
-        for rank in touched:
-            (self.on_rank[rank].add if sign > 0 else self.on_rank[rank].discard)(unit)
-        self._refresh(np.array(sorted(touched)))
+        width = self.problem.width(choice.scope)
+        for demand_KW, place in zip(choice.demand_NKW, placed.places, strict=True):
+            ranks = slice(place * width, (place + 1) * width)
+            self.use_KR[:, ranks] += sign * demand_KW
+            for units in self.on_rank[ranks]:
+                (units.add if sign > 0 else units.discard)(unit)
+            self._refresh(ranks)
         if self.problem.churn is not None:
             self.churn_ms += sign * self._churn(unit, placed)
-
-    def _ranks_of(self, choice: Choice, place: int) -> np.ndarray:
-        width = {"rank": 1, "host": self.problem.ranks_per_host, "all": self.problem.num_ranks}[choice.scope]
-        return np.arange(place * width, (place + 1) * width)
 
     def save(self) -> tuple:
         return self.use_KR.copy(), self._powers_SR.copy(), self.over_R.copy(), self.churn_ms
@@ -163,7 +158,8 @@ class Packing:
         if placed is None:
             return []
         choice = self.problem.units[unit].choices[placed.choice]
-        return [self.on_rank[rank] for place in placed.places for rank in self._ranks_of(choice, place)]
+        width = self.problem.width(choice.scope)
+        return [self.on_rank[rank] for p in placed.places for rank in range(p * width, (p + 1) * width)]
 
     # ---------------------------------------------------------------- what a unit would cost
     def best(self, unit: int) -> tuple[float, Placed] | None:
@@ -175,18 +171,23 @@ class Packing:
         return min((f for f in found if f is not None), key=lambda f: f[0], default=None)
 
     def _sort_choices(self, unit: Unit) -> tuple[list[_Batch], list[int]]:
-        odd, even = [], {"rank": [], "host": [], "all": []}
+        """Batches by scope, and the choices that fit in none; without those that another choice can stand for at any place."""
+        odd, even, seen = [], {"rank": [], "host": [], "all": []}, set()
         for index, choice in enumerate(unit.choices):
+            takes = (choice.scope, *((blocks.count, blocks.demand_Kg.tobytes()) for blocks in choice.blocks))
+            if takes in seen and choice.places is None and self.problem.churn is None:
+                continue
+            if not choice.one_host:
+                seen.add(takes)
             num_places = {"rank": unit.allowed_R.sum(), "host": self.problem.hosts_of(unit.allowed_R).sum(), "all": 1}[
                 choice.scope
             ]
             plain = len(choice.blocks) == 1 and not choice.one_host and choice.places is None
             (even[choice.scope] if plain and choice.num_blocks <= num_places else odd).append(index)
-        odd += even.pop("all")
         batches = []
         for indices in filter(None, even.values()):
             chosen = [unit.choices[i] for i in indices]
-            demand_nKW = np.stack([c.blocks[0].demand_KW() for c in chosen])
+            demand_nKW = np.stack([c.demand_NKW[0] for c in chosen])
             count_n = np.array([c.num_blocks for c in chosen])
             batches.append(_Batch(np.array(indices), demand_nKW, count_n, self._churn_by_place(unit, chosen)))
         return batches, odd
@@ -225,9 +226,9 @@ class Packing:
         C, S, problem = self.problem.num_channels, self.num_rows, self.problem
         choice = problem.units[unit].choices[choice_index]
         use_KR, places = self.use_KR.copy(), []
-        width = len(self._ranks_of(choice, 0))
+        width = self.problem.width(choice.scope)
         open_P = self._open_places(unit, width)
-        for i, block_KW in enumerate(_each_block(choice)):
+        for i, block_KW in enumerate(choice.demand_NKW):
             after_KPW = use_KR.reshape(C + 2, -1, width) + block_KW[:, None, :]
             before = self._raise(use_KR[:S]).reshape(S, -1, width).sum(axis=2)
             added_SP = self._raise(after_KPW[:S]).sum(axis=2) - before
@@ -250,7 +251,7 @@ class Packing:
     def random_place(self, unit: int, choice_index: int, rng: np.random.Generator) -> Placed | None:
         """Of one choice: its blocks one after the other, each at any place that rules allow; None: a block has no place."""
         choice = self.problem.units[unit].choices[choice_index]
-        open_P, places = self._open_places(unit, len(self._ranks_of(choice, 0))), []
+        open_P, places = self._open_places(unit, self.problem.width(choice.scope)), []
         for block in range(choice.num_blocks):
             allowed = np.flatnonzero(self._allowed_now(choice, block, places, open_P))
             if not len(allowed):
@@ -312,7 +313,7 @@ class Packing:
         choice = self.problem.units[unit].choices[placed.choice]
         there = Counter(self._previous_places(unit, choice))
         ms = 0.0
-        for place, block in zip(placed.places, _each_block(choice), strict=True):
+        for place, block in zip(placed.places, choice.demand_NKW, strict=True):
             if there[place]:
                 there[place] -= 1
             else:
@@ -327,11 +328,11 @@ class Packing:
 
     def _churn_of_block(self, unit: int, choice: Choice, block: int) -> np.ndarray:
         """(P,) ms of the choice's `block`-th block by place: its bytes, unless the previous plan has one like it there."""
-        num_places = self.problem.num_ranks // len(self._ranks_of(choice, 0))
+        num_places = self.problem.num_ranks // self.problem.width(choice.scope)
         churn = self.problem.churn
         if churn is None:
             return np.zeros(num_places)
-        block_bytes = float(list(_each_block(choice))[block][self.problem.num_channels :].sum())
+        block_bytes = float(choice.demand_NKW[block][self.problem.num_channels :].sum())
         ms_P = np.full(num_places, block_bytes * churn.ms_per_byte)
         ms_P[list(self._previous_places(unit, choice))] = 0.0
         return ms_P
@@ -346,8 +347,3 @@ class Packing:
 def in_order(choice: Choice, places: Sequence[int]) -> tuple[int, ...]:
     """Equal blocks that no rule tells apart, by place: so that plans are alike that differ in nothing else."""
     return tuple(places if len(choice.blocks) > 1 or choice.places is not None else sorted(places))
-
-
-def _each_block(choice: Choice) -> list[np.ndarray]:
-    """(K, W) of each block, in the order of their place in the table."""
-    return [demand for blocks in choice.blocks for demand in [blocks.demand_KW()] * blocks.count]

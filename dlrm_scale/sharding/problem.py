@@ -10,6 +10,7 @@ then the bytes of the two memory tiers.
 # G groups of equal shards  g groups of one block  W ranks that a block lies on (1, L or R)
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -63,6 +64,11 @@ class Choice:
     def num_blocks(self) -> int:
         return sum(blocks.count for blocks in self.blocks)
 
+    @cached_property
+    def demand_NKW(self) -> np.ndarray:
+        """Of each block, in the order of their place in the table."""
+        return np.stack([demand for blocks in self.blocks for demand in [blocks.demand_KW()] * blocks.count])
+
 
 @dataclass(frozen=True)
 class Unit:
@@ -93,6 +99,20 @@ class Problem:
     @property
     def num_hosts(self) -> int:
         return self.num_ranks // self.ranks_per_host
+
+    @cached_property
+    def may_overflow(self) -> bool:
+        """Whether some plan could put more bytes on a rank than it has."""
+        most = np.zeros(NUM_TIERS)
+        for unit in self.units:
+            most += np.max(
+                [sum(b.count * b.demand_Kg[-NUM_TIERS:].max(axis=1) for b in c.blocks) for c in unit.choices], axis=0
+            )
+        return bool((most > self.capacity).any())
+
+    def width(self, scope: Scope) -> int:
+        """Ranks that a block lies on."""
+        return {"rank": 1, "host": self.ranks_per_host, "all": self.num_ranks}[scope]
 
     def hosts_of(self, allowed_R: np.ndarray) -> np.ndarray:
         """(H,) bool: hosts whose ranks are all allowed."""
