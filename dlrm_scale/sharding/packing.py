@@ -201,8 +201,7 @@ class Packing:
         after_bytes = after_nKPW[:, C:].reshape(len(batch.choices), 2, -1)
         over_nP = (self._over(after_bytes) - self.over_R).reshape(len(batch.choices), -1, W).sum(axis=2)
         sums_S = self._powers_SR.sum(axis=1)
-        slope_S = self.weight_S * np.maximum(sums_S, 1e-9) ** (1 / self.power - 1) / self.power
-        cost_nP = np.einsum("nsp,s->np", added_nSP, slope_S) + OVERFLOW_WEIGHT * over_nP
+        cost_nP = np.einsum("nsp,s->np", added_nSP, self._slope_S()) + OVERFLOW_WEIGHT * over_nP
         if batch.churn_nP is not None:
             cost_nP += batch.churn_nP / self.scale_ms
         cost_nP[:, ~self._open_places(unit, W)] = NO_PLACE
@@ -293,18 +292,25 @@ class Packing:
             return int(self.over_R.argmax())
         return int(self.use_KR[: self.problem.num_channels].sum(axis=0).argmax())
 
-    def cost_of_shift(self, rank: int, others_J: np.ndarray, shift_KIJ: np.ndarray) -> np.ndarray:
-        """(I, J) what the smooth score rises by, to first order, when `rank` gets `shift_KIJ` more and `others_J` that much less."""
-        C, S = self.problem.num_channels, self.num_rows
-        here_KIJ = self.use_KR[:, rank, None, None] + shift_KIJ
-        there_KIJ = self.use_KR[:, None, others_J] - shift_KIJ
-        before_SJ = self._powers_SR[:, rank, None] + self._powers_SR[:, others_J]
-        added_SIJ = self._raise(here_KIJ[:S]) + self._raise(there_KIJ[:S]) - before_SJ[:, None]
-        slope_S = self.weight_S * np.maximum(self._powers_SR.sum(axis=1), 1e-9) ** (1 / self.power - 1) / self.power
-        shape = shift_KIJ.shape[1:]
-        over_IJ = sum(self._over(after[C:].reshape(2, -1)).reshape(shape) for after in (here_KIJ, there_KIJ))
-        over_IJ = over_IJ - self.over_R[rank] - self.over_R[others_J]
-        return np.einsum("sij,s->ij", added_SIJ, slope_S) + OVERFLOW_WEIGHT * over_IJ
+    def cost_of_shift(self, place: int, others_J: np.ndarray, shift_KIJW: np.ndarray) -> np.ndarray:
+        """(I, J) what the smooth score rises by, to first order, when the ranks of `place` get `shift_KIJW` more and those of `others_J`
+        that much less; places are ranks or hosts, as W says."""
+        C, S, W = self.problem.num_channels, self.num_rows, shift_KIJW.shape[3]
+        use_KPW, powers_SPW = self.use_KR.reshape(C + 2, -1, W), self._powers_SR.reshape(S, -1, W)
+        here_KIJW = use_KPW[:, place, None, None] + shift_KIJW
+        there_KIJW = use_KPW[:, None, others_J] - shift_KIJW
+        before_SJ = (powers_SPW[:, place, None] + powers_SPW[:, others_J]).sum(axis=2)
+        added_SIJ = (self._raise(here_KIJW[:S]) + self._raise(there_KIJW[:S])).sum(axis=3) - before_SJ[:, None]
+        cost_IJ = np.einsum("sij,s->ij", added_SIJ, self._slope_S())
+        if self.problem.may_overflow:
+            over_PW = self.over_R.reshape(-1, W)
+            over_IJW = sum(self._over(k[C:].reshape(2, -1)).reshape(k.shape[1:]) for k in (here_KIJW, there_KIJW))
+            cost_IJ += OVERFLOW_WEIGHT * (over_IJW - over_PW[place] - over_PW[others_J]).sum(axis=2)
+        return cost_IJ
+
+    def _slope_S(self) -> np.ndarray:
+        """What the smooth score rises by for each unit that a sum of powers rises by."""
+        return self.weight_S * np.maximum(self._powers_SR.sum(axis=1), 1e-9) ** (1 / self.power - 1) / self.power
 
     # ---------------------------------------------------------------- churn
     def _churn(self, unit: int, placed: Placed) -> float:
