@@ -5,14 +5,21 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
+    ComputeDevice,
+    EmbeddingLocation,
+    SplitTableBatchedEmbeddingBagsCodegen,
+)
 from torchrec.distributed.model_parallel import DMPCollection
 
-from dlrm_scale.config import TableSharding
+from dlrm_scale.config import PLAIN_SPARSE_OPTIMIZERS, TableSharding
 from dlrm_scale.errors import ConfigError, PlanError
 from dlrm_scale.sharding.apply import to_torchrec
 from dlrm_scale.sharding.options import STAGES, enumerate_options
 from dlrm_scale.sharding.plan import PlanRequest, load_plan, save_plan
 from dlrm_scale.sharding.planner import find_plan, prepare
+from dlrm_scale.sharding.sharders import FUSED_OPTIMIZERS
+from dlrm_scale.sharding.storage import OPTIMIZER_STATES
 from dlrm_scale.training.run import make_plan
 from tests.support.configs import tiny_config
 from tests.support.requests import cluster, random_request, request_of
@@ -113,3 +120,17 @@ def test_the_dry_run_builds_a_rank_of_the_first_group(plan):
 def test_the_trainer_refuses_groups():
     with pytest.raises(ConfigError, match=r"replica_groups is 2, which can be planned but not trained"):
         make_plan(tiny_config(sharding={"replica_groups": 2}), SimpleNamespace())
+
+
+@pytest.mark.parametrize("name", PLAIN_SPARSE_OPTIMIZERS)
+def test_torchrec_averages_the_weights_and_state_of_the_optimizers_that_are_allowed(name):
+    tbe = SplitTableBatchedEmbeddingBagsCodegen(
+        [(7, 8, EmbeddingLocation.HOST, ComputeDevice.CPU)], optimizer=FUSED_OPTIMIZERS[name], learning_rate=0.1
+    )
+    context = SimpleNamespace(modules_to_sync=[(tbe, None)])
+    DMPCollection._cache_sync_tensors(None, [context])
+    (weights,) = context.weights_by_dtype[torch.float32]
+    states = context.optimizer_tensors_by_dtype.get(torch.float32, [])
+    assert weights.data_ptr() == tbe.split_embedding_weights()[0].data_ptr()
+    by_weight, by_row = OPTIMIZER_STATES[name]
+    assert sum(state.numel() for state in states) == by_weight * 7 * 8 + by_row * 7
