@@ -31,13 +31,18 @@ class Figure(Strict):
 
 
 class CostCoefficients(Strict):
-    """Weights of the terms of TorchRec's compute estimate (`PerfCoefficient` and `bwd_compute_multiplier`); 1, 1, 1, 0 and 2 there."""
+    """Weights of the terms of TorchRec's estimates; the defaults are its own (`PerfCoefficient`, `bwd_compute_multiplier`; all
+    collectives alike)."""
 
     input_read: float = Field(1.0, ge=0)
     lookup: float = Field(1.0, ge=0)
     output_write: float = Field(1.0, ge=0)
     hash_size: float = Field(0.0, ge=0)
     backward: float = Field(2.0, ge=0, description="backward compute as a multiple of forward compute")
+    all_to_all: float = Field(1.0, gt=0, description="its time as a multiple of bytes over bandwidth; also below")
+    reduce_scatter: float = Field(1.0, gt=0)
+    all_gather: float = Field(1.0, gt=0)
+    all_reduce: float = Field(1.0, gt=0)
 
 
 class ClusterSpec(Strict):
@@ -83,6 +88,32 @@ class ClusterSpec(Strict):
     def num_hosts(self) -> int:
         return self.num_ranks // self.ranks_per_host
 
+    def group(self, num_groups: int) -> "ClusterSpec":
+        """The ranks that share one of `num_groups` copies of the tables, as TorchRec's `DMPCollection` chooses them.
+
+        The copies of a shard lie on `num_groups` neighbouring ranks of one host, so that a group has its part of every host:
+        of a host's ranks and of its memory. Rank r of group g is rank r x num_groups + g of all.
+
+        Raises:
+            ConfigError: that many groups do not share each host evenly.
+        """
+        if num_groups == 1:
+            return self
+        if self.ranks_per_host % num_groups:
+            fits = [n for n in range(1, self.ranks_per_host + 1) if self.ranks_per_host % n == 0]
+            raise ConfigError(
+                f"sharding.replica_groups is {num_groups}, but each host's {self.ranks_per_host} ranks must share them evenly, since copies lie "
+                f"on neighbouring ranks; take one of {', '.join(map(str, fits))}"
+            )
+        memory = self.host_memory_gb
+        return self.model_copy(
+            update={
+                "num_ranks": self.num_ranks // num_groups,
+                "ranks_per_host": self.ranks_per_host // num_groups,
+                "host_memory_gb": memory.model_copy(update={"value": memory.value / num_groups}),
+            }
+        )
+
     @property
     def hbm_bytes_per_rank(self) -> float:
         """0 on cpu."""
@@ -119,6 +150,18 @@ def load_cluster(name_or_path: str) -> ClusterSpec:
                 "name one of them, or a file that ends in .yaml"
             )
     return parse_tree(read_tree(path, ClusterSpec, "cluster"), ClusterSpec, "cluster", str(path))
+
+
+def check_ranks(cluster: ClusterSpec, named: str, num_ranks: int, ranks_per_host: int, device: str) -> None:
+    """Raises ConfigError: `cluster`, which `sharding.cluster` names, is not of these ranks."""
+    here = {"device": device, "num_ranks": num_ranks, "ranks_per_host": ranks_per_host}
+    wrong = [f"{name} is {getattr(cluster, name)} there, {value} here" for name, value in here.items()
+             if getattr(cluster, name) != value]  # fmt: skip
+    if wrong:
+        raise ConfigError(
+            f"sharding.cluster is {named}, which is not of these ranks: {'; '.join(wrong)}; name the cluster that the job runs on, "
+            "or leave sharding.cluster out (bandwidths are guessed then)"
+        )
 
 
 def this_cluster(num_ranks: int, ranks_per_host: int, device: Literal["cpu", "cuda"]) -> ClusterSpec:

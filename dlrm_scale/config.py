@@ -200,11 +200,21 @@ class TableSharding(Strict):
 
 class ShardingConfig(Strict):
     plan: str | None = Field(None, description="a plan.json to replay; None: plan now")
+    cluster: str | None = Field(
+        None,
+        description="the trainer plans for this cluster, a file or a name in configs/clusters; None: bandwidths are guessed",
+    )
     objective: Literal["busiest_rank", "critical_path"] = Field(
         "busiest_rank",
         description="busiest_rank: TorchRec's, the largest rank's sum of compute and communication; "
         "critical_path: maximum compute forward and backward, and the maximum of each collective",
     )
+    replica_groups: int = Field(
+        1,
+        gt=0,
+        description="2D sparse parallelism: groups of ranks with a copy of all tables each (planned; the trainer has none yet)",
+    )
+    replica_sync_steps: int = Field(1, gt=0, description="steps after which the copies are averaged")
     tables: dict[str, TableSharding] = Field({}, description="by table; a table not named may be sharded in any way")
     together: tuple[tuple[str, ...], ...] = Field(
         (), description="groups of tables, each whole on one and the same rank"

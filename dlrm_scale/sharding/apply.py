@@ -23,7 +23,7 @@ INIT_BLOCK_ROWS = 65_536
 
 def to_torchrec(plan: Plan, device_type: str | None = None) -> ShardingPlan:
     """The plan in TorchRec's own terms, for modules on `device_type` (None: the cluster's)."""
-    cluster = plan.request.cluster
+    cluster = plan.request.group
     device_type = device_type or cluster.device
     modules: dict[str, EmbeddingModuleShardingPlan] = {}
     for name, table in plan.tables.items():

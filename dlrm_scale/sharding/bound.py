@@ -9,14 +9,13 @@ of all ranks together and the common load are priced by multipliers (Lagrange). 
 # U units  N choices of all units, unit by unit  R ranks
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 
 from dlrm_scale.sharding.problem import Cutter, Problem
 
 BISECTIONS = 40
-COMMON_LOADS = 16  # intervals of the common load that are told apart
+COMMON_HALVINGS = 10  # of the target: sizes of the common load that are told apart
 COMMON_BISECTIONS = 10
 PRICE_BISECTIONS = 30
 
@@ -121,13 +120,17 @@ def _least_possible(possible: Callable[[float], bool], low: float, high: float, 
 
 
 def _possible_beside_common(problem: Problem, totals: ChoiceTotals, fits_N: np.ndarray, target: float) -> bool:
+    """False: for every size of the common load, the choices that leave room for it have too large a mean."""
     on_all_N = totals.common_ms_N > 0
-    edges = np.linspace(0.0, target, COMMON_LOADS + 1)
-    for least, most in pairwise(edges):
+
+    def possible(least: float, most: float, halvings: int) -> bool:
         allowed_N = fits_N & (totals.worst_ms_N <= np.where(on_all_N, target, target - least))
-        if best_mean(problem, totals, allowed_N, common_ms=most)[0] <= target:
-            return True
-    return False
+        if best_mean(problem, totals, allowed_N, common_ms=most)[0] > target:
+            return False
+        middle = (least + most) / 2
+        return halvings == 0 or possible(least, middle, halvings - 1) or possible(middle, most, halvings - 1)
+
+    return possible(0.0, target, COMMON_HALVINGS)
 
 
 def best_mean(

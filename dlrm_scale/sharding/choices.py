@@ -2,11 +2,10 @@
 
 from typing import Literal, NamedTuple
 
-from dlrm_scale.cluster import ClusterSpec
 from dlrm_scale.config import PLAIN_SPARSE_OPTIMIZERS, SEQUENCE_SHARDING_TYPES, TableSharding
 from dlrm_scale.errors import ConfigError
 from dlrm_scale.sharding.groups import KERNELS, SHARDING_TYPES
-from dlrm_scale.sharding.plan import PlanRequest, TableSpec
+from dlrm_scale.sharding.plan import PlanRequest
 
 ColumnWidths = Literal["all", "stock"]
 
@@ -30,10 +29,10 @@ def table_choices(name: str, request: PlanRequest, widths: ColumnWidths) -> list
     Raises:
         ConfigError: a constraint asks for what the table, the device or the optimizer does not have.
     """
-    spec, cluster = request.tables[name], request.cluster
+    spec = request.tables[name]
     constraint = request.sharding.tables.get(name, FREE)
     types = _types(name, request, constraint, widths)
-    kernels = _kernels(name, spec, cluster, constraint, widths)
+    kernels = _kernels(name, request, constraint, widths)
     choices = []
     for sharding_type in types:
         if sharding_type == "data_parallel":
@@ -75,14 +74,18 @@ def _types(name: str, request: PlanRequest, constraint: TableSharding, widths: C
 
 
 def _kernels(
-    name: str, spec: TableSpec, cluster: ClusterSpec, constraint: TableSharding, widths: ColumnWidths
+    name: str, request: PlanRequest, constraint: TableSharding, widths: ColumnWidths
 ) -> list[tuple[str, float]]:
     """(kernel, cache_load_factor) of all types but data_parallel."""
+    spec, cluster = request.tables[name], request.group
     of_device = ("fused",) if cluster.device == "cpu" else KERNELS[1:]
+    if request.sharding.replica_groups > 1:  # `DMPCollection.sync` averages rows without those that wait in a cache
+        of_device = tuple(kernel for kernel in of_device if kernel != "fused_uvm_caching")
     unknown = [kernel for kernel in constraint.kernels or () if kernel not in of_device]
     if unknown:
         raise ConfigError(
-            f"sharding.tables.{name}.kernels has {', '.join(unknown)}, which {cluster.device} does not have; "
+            f"sharding.tables.{name}.kernels has {', '.join(unknown)}, which {cluster.device} does not have"
+            f"{' with replica groups' if request.sharding.replica_groups > 1 else ''}; "
             f"take {', '.join(of_device)}, or leave it out"
         )
     if cluster.device == "cuda" and spec.data_type == "bf16":
@@ -105,7 +108,7 @@ def _widths_of_type(
     sharding_type: str, name: str, request: PlanRequest, types: list[str], widths: ColumnWidths
 ) -> list[int]:
     """Columns of one shard, widest first; none where another of `types` does the same (see `enumerate_options`)."""
-    dim, num_hosts = request.tables[name].embedding_dim, request.cluster.num_hosts
+    dim, num_hosts = request.tables[name].embedding_dim, request.group.num_hosts
     same_on_one_host = sharding_type == "table_row_wise" and num_hosts == 1 and "row_wise" in types
     within_column_wise = sharding_type == "table_column_wise" and "column_wise" in types
     if widths == "all" and (same_on_one_host or within_column_wise):
@@ -143,5 +146,5 @@ def _column_widths(name: str, request: PlanRequest, sharding_type: str, widths: 
     least = least or (STOCK_LEAST_COLUMNS if sharding_type == "grid_shard" else LEAST_COLUMNS)
     halves = [dim >> k for k in range(1, dim.bit_length()) if dim % (1 << k) == 0]
     cuts = {stock} | {width for width in halves if width % 4 == 0 and width >= least}
-    spread = {width for width in cuts if dim // width <= request.cluster.num_ranks}  # two shards on a rank gain nothing
+    spread = {width for width in cuts if dim // width <= request.group.num_ranks}  # two shards on a rank gain nothing
     return sorted(spread or cuts, reverse=True)

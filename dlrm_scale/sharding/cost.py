@@ -9,6 +9,7 @@ import numpy as np
 
 from dlrm_scale.cluster import ClusterSpec, bytes_per_ms
 from dlrm_scale.sharding.groups import ID_BYTES, KERNELS, Groups
+from dlrm_scale.sharding.plan import PlanRequest
 
 BATCHED_COPY_FACTOR = 2.455  # the constants are `planner/constants.py`'s, "empirical studies" there
 REPLICA_UPDATE_FACTOR = 9.22
@@ -17,11 +18,11 @@ LEAST_COLUMNS = 32  # narrower rows are read as if they had these
 UVM_SLOWDOWN = 10
 
 
-def shard_ms(groups: Groups, cluster: ClusterSpec) -> dict[str, np.ndarray]:
-    """Stage -> (G,) ms of one shard."""
+def shard_ms(groups: Groups, cluster: ClusterSpec, world: ClusterSpec) -> dict[str, np.ndarray]:
+    """Stage -> (G,) ms of one shard on `cluster`; what is replicated is so on all ranks of `world`."""
     device_bandwidth = _device_bandwidth(groups, cluster)
     forward = _forward_compute(groups, cluster, device_bandwidth)
-    forward_comms, backward_comms = _comms(groups, cluster, device_bandwidth)
+    forward_comms, backward_comms = _comms(groups, cluster, world, device_bandwidth)
     return {
         "fwd_compute": forward,
         "fwd_comms": forward_comms,
@@ -29,7 +30,9 @@ def shard_ms(groups: Groups, cluster: ClusterSpec) -> dict[str, np.ndarray]:
         "bwd_comms": backward_comms,
         "prefetch_compute": np.zeros_like(forward),  # TorchRec's, without statistics of cache misses
         "input_dist_comms": np.where(
-            groups.is_type("data_parallel"), 0.0, np.ceil(groups.all_lookups * ID_BYTES) / _world_bandwidth(cluster)
+            groups.is_type("data_parallel"),
+            0.0,
+            cluster.cost_coefficients.all_to_all * np.ceil(groups.all_lookups * ID_BYTES) / _world_bandwidth(cluster),
         ),
     }
 
@@ -70,34 +73,60 @@ def _forward_compute(groups: Groups, cluster: ClusterSpec, device_bandwidth: np.
     return size * np.where(whole_rows, narrow, 1) / device_bandwidth
 
 
-def _comms(groups: Groups, cluster: ClusterSpec, device_bandwidth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _comms(
+    groups: Groups, cluster: ClusterSpec, world: ClusterSpec, device_bandwidth: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """(G,) ms forward and backward.
 
     `TableWiseEvaluator`: all-to-all of all ranks. `RowWiseEvaluator`: reduce-scatter, backward all-gather and a batched
     copy. `TableRowWiseEvaluator` (and grid_shard): the same within the host, and an all-to-all between hosts.
-    `DataParallelEvaluator`: nothing forward, the gradient's all-reduce and the update backward.
+    `DataParallelEvaluator`: nothing forward, the gradient's all-reduce and the update backward. Each collective's bytes
+    over bandwidth are weighed by its coefficient; rows of sequences, which are not summed, go by all-to-all.
     """
-    output_bytes = groups.output_bytes
-    by_host = groups.is_type("table_row_wise", "grid_shard")
-    within_host = output_bytes / bytes_per_ms(cluster.intra_host_gb_per_s)
+    weights, output_bytes = cluster.cost_coefficients, groups.output_bytes
+    by_host, by_row = groups.is_type("table_row_wise", "grid_shard"), groups.is_type("row_wise")
+    summed = by_host | (by_row & groups.is_pooled)
+    between = 0.0
     if cluster.num_hosts > 1:
         between_bytes = groups.outputs_per_rank * cluster.num_hosts * groups.num_columns * groups.element_bytes
-        within_host += between_bytes / bytes_per_ms(cluster.inter_host_gb_per_s)
-    forward = np.where(by_host, within_host, output_bytes / _world_bandwidth(cluster))
-    copied = by_host | groups.is_type("row_wise")
-    backward = forward + np.where(copied, output_bytes * BATCHED_COPY_FACTOR / device_bandwidth, 0)
+        between = weights.all_to_all * between_bytes / bytes_per_ms(cluster.inter_host_gb_per_s)
+    within = output_bytes / np.where(by_host, bytes_per_ms(cluster.intra_host_gb_per_s), _world_bandwidth(cluster))
+    forward = within * np.where(summed, weights.reduce_scatter, weights.all_to_all) + np.where(by_host, between, 0)
+    backward = within * np.where(summed, weights.all_gather, weights.all_to_all) + np.where(by_host, between, 0)
+    backward += np.where(by_host | by_row, output_bytes * BATCHED_COPY_FACTOR / device_bandwidth, 0)
     replicated = groups.is_type("data_parallel")
     return np.where(replicated, 0, forward), np.where(
-        replicated, _replica_ms(groups, cluster, device_bandwidth), backward
+        replicated, _replica_ms(groups, world, device_bandwidth), backward
     )
 
 
 def _replica_ms(groups: Groups, cluster: ClusterSpec, device_bandwidth: np.ndarray) -> np.ndarray:
-    """(G,) ms: ring all-reduce of a table's gradient over one NIC a rank, and the optimizer's passes over the table."""
+    """(G,) ms: ring all-reduce of a table's gradient, and the optimizer's passes over the table."""
     table_bytes = groups.num_rows * groups.num_columns * groups.element_bytes
+    all_reduce = cluster.cost_coefficients.all_reduce * plain_all_reduce_ms(table_bytes, cluster)
+    return all_reduce + table_bytes * REPLICA_UPDATE_FACTOR / device_bandwidth
+
+
+def plain_all_reduce_ms(num_bytes: np.ndarray | float, cluster: ClusterSpec) -> np.ndarray | float:
+    """TorchRec's: a ring between hosts over one NIC a rank."""
     hosts = min(cluster.num_hosts, 2)
     bandwidth = bytes_per_ms(cluster.inter_host_gb_per_s) * cluster.ranks_per_host
-    all_reduce = table_bytes * (2 * hosts - 1) / hosts / bandwidth
-    if cluster.num_hosts > 2:
-        all_reduce *= 2
-    return all_reduce + table_bytes * REPLICA_UPDATE_FACTOR / device_bandwidth
+    ring = num_bytes * (2 * hosts - 1) / hosts / bandwidth
+    return ring * 2 if cluster.num_hosts > 2 else ring
+
+
+def replica_sync_ms(
+    groups: Groups, request: PlanRequest, device_bytes: dict[str, np.ndarray], host_bytes: dict[str, np.ndarray]
+) -> np.ndarray:
+    """(G,) ms of one shard: `DMPCollection.sync`'s ring all-reduce of weights and optimizer state over the copies of its rank, which
+    are neighbours on one host, over `replica_sync_steps`. Not TorchRec's estimate: it has none. Rows in host memory pass the link to
+    it. data_parallel tables average their gradients over all ranks instead.
+    """
+    cluster, num_groups = request.cluster, request.sharding.replica_groups
+    between = bytes_per_ms(cluster.intra_host_gb_per_s)
+    host_link = min(between, bytes_per_ms(cluster.host_link_gb_per_s)) if cluster.device == "cuda" else between
+    of_tier = [(device_bytes["weights"] + device_bytes["optimizer"]) / between]
+    of_tier.append((host_bytes["weights"] + host_bytes["optimizer"]) / host_link)
+    ring = 2 * (num_groups - 1) / num_groups * cluster.cost_coefficients.all_reduce
+    ms = sum(of_tier) * ring / request.sharding.replica_sync_steps
+    return np.where(groups.is_type("data_parallel"), 0.0, ms)

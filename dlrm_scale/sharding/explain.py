@@ -126,7 +126,7 @@ def changes(before: Plan, after: Plan) -> list[TableChange]:
 
 def _moved_weights(plan: Plan, name: str, old: TablePlan, new: TablePlan) -> int:
     """Weights that a rank holds after and did not hold before, over all ranks."""
-    spec, num_ranks = plan.request.tables[name], plan.request.cluster.num_ranks
+    spec, num_ranks = plan.request.tables[name], plan.request.group.num_ranks
     if new.sharding_type == "data_parallel":
         holders = num_ranks * spec.num_embeddings * spec.embedding_dim
         return holders - (holders if old.sharding_type == "data_parallel" else spec.num_embeddings * spec.embedding_dim)
@@ -147,7 +147,7 @@ def _said(plan: Plan, name: str) -> str:
     kernel = "" if table.compute_kernel in ("fused", "dense") else f", {table.compute_kernel}"
     ranks = (
         "all ranks"
-        if len(set(table.ranks)) == plan.request.cluster.num_ranks
+        if len(set(table.ranks)) == plan.request.group.num_ranks
         else f"ranks {', '.join(map(str, table.ranks))}"
     )
     return f"{table.sharding_type}{kernel} on {ranks}"

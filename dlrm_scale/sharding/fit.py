@@ -1,6 +1,6 @@
 """When nothing fits: the smallest changes that would, each tried."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from dlrm_scale.cluster import ClusterSpec
 from dlrm_scale.config import TableSharding
@@ -64,10 +64,7 @@ def _fewest_tables(
     advice: str,
 ) -> str | None:
     rules = request.sharding.tables
-    largest_first = sorted(
-        (name for name in rules if applies(rules[name])),
-        key=lambda name: -request.tables[name].num_embeddings * request.tables[name].embedding_dim,
-    )
+    largest_first = _largest_first(request, (name for name in rules if applies(rules[name])))
 
     def changed(count: int) -> PlanRequest:
         tables = rules | {name: change(rules[name]) for name in largest_first[:count]}
@@ -76,16 +73,11 @@ def _fewest_tables(
     count = _least(lambda n: _fits(changed(n)), len(largest_first))
     if count is None:
         return None
-    shown = largest_first[:count][:SHOWN_TABLES]
-    more = f" and {count - SHOWN_TABLES} more" if count > SHOWN_TABLES else ""
-    return f"{advice} {'table' if count == 1 else 'tables'} {', '.join(shown)}{more} in sharding.tables"
+    return f"{advice} {'table' if count == 1 else 'tables'} {_shown(largest_first[:count])} in sharding.tables"
 
 
 def _half_precision(request: PlanRequest) -> str | None:
-    wide = sorted(
-        (name for name, table in request.tables.items() if table.data_type == "fp32"),
-        key=lambda name: -request.tables[name].num_embeddings * request.tables[name].embedding_dim,
-    )
+    wide = _largest_first(request, (name for name, table in request.tables.items() if table.data_type == "fp32"))
 
     def halved(count: int) -> PlanRequest:
         tables = {
@@ -99,10 +91,16 @@ def _half_precision(request: PlanRequest) -> str | None:
         return None
     if count == len(wide):
         return "data_type: fp16 for all tables"
-    more = f" and {count - SHOWN_TABLES} more" if count > SHOWN_TABLES else ""
-    return (
-        f"data_type: fp16 for the largest {count} of {len(wide)} tables: {', '.join(wide[:count][:SHOWN_TABLES])}{more}"
-    )
+    return f"data_type: fp16 for the largest {count} of {len(wide)} tables: {_shown(wide[:count])}"
+
+
+def _largest_first(request: PlanRequest, names: Iterable[str]) -> list[str]:
+    return sorted(names, key=lambda n: -request.tables[n].num_embeddings * request.tables[n].embedding_dim)
+
+
+def _shown(names: list[str]) -> str:
+    more = len(names) - SHOWN_TABLES
+    return ", ".join(names[:SHOWN_TABLES]) + (f" and {more} more" if more > 0 else "")
 
 
 def _more_hosts(request: PlanRequest) -> str | None:

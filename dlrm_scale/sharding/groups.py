@@ -52,6 +52,7 @@ class Groups:
     table_num_rows: np.ndarray
     table_num_columns: np.ndarray
     element_bytes: np.ndarray
+    is_pooled: np.ndarray
     outputs_per_rank: np.ndarray
     lookups: np.ndarray  # expected ids a step
     outputs: np.ndarray  # expected vectors written a step
@@ -96,6 +97,7 @@ def cut(tables: Tables, options: Options, cluster: ClusterSpec) -> Groups:
         table_num_rows=tables.num_rows[table],
         table_num_columns=tables.num_columns[table],
         element_bytes=tables.element_bytes[table],
+        is_pooled=tables.is_pooled[table],
         outputs_per_rank=vectors,
         lookups=ids / parts * ranks,
         outputs=vectors / np.where(tables.is_pooled[table], 1, parts) * ranks,  # a part of a sum is a whole vector

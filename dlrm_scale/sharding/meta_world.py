@@ -22,8 +22,34 @@ from torchrec.distributed import batched_embedding_kernel, collective_utils, com
 from torchrec.distributed.embedding import ShardedEmbeddingCollection
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel, compute_kernel_to_embedding_location
 from torchrec.distributed.sharding import grid_sharding, twrw_sharding
+from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, EmbeddingConfig, PoolingType
+from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
-from dlrm_scale.sharding.plan import Plan
+from dlrm_scale.sharding.plan import Plan, PlanRequest
+
+
+def bare_collections(request: PlanRequest) -> nn.Module:
+    """`ebc` and `ec` of the request's tables, as attributes, on meta."""
+    columns: dict[str, list[dict[str, Any]]] = {"bags": [], "sequences": []}
+    for name, spec in request.tables.items():
+        columns[spec.collection].append(
+            {
+                "name": name,
+                "num_embeddings": spec.num_embeddings,
+                "embedding_dim": spec.embedding_dim,
+                "feature_names": list(spec.expected_ids_by_feature),
+                "data_type": DataType[spec.data_type.upper()],
+            }
+        )
+    bags = [
+        EmbeddingBagConfig(**table, pooling=PoolingType[request.tables[table["name"]].pooling.upper()])
+        for table in columns["bags"]
+    ]
+    sequences = [EmbeddingConfig(**table) for table in columns["sequences"]]
+    collections = nn.Module()
+    collections.ebc = EmbeddingBagCollection(bags, device=torch.device("meta")) if bags else None
+    collections.ec = EmbeddingCollection(sequences, device=torch.device("meta")) if sequences else None
+    return collections
 
 
 @contextmanager
@@ -35,7 +61,7 @@ def meta_world(plan: Plan, rank: int) -> Iterator[None]:
     """
     if dist.is_initialized():
         raise RuntimeError("this process has a process group; a dry run needs one that has none")
-    cluster = plan.request.cluster
+    cluster = plan.request.group
     environment = {
         "RANK": rank,
         "WORLD_SIZE": cluster.num_ranks,
@@ -64,8 +90,8 @@ def _stand_ins(plan: Plan) -> list[tuple[Any, str, Any]]:
         (embeddingbag, "DistributedDataParallel", _Unreplicated),  # compares its parameters' shapes with other ranks'
         (ShardedEmbeddingCollection, "_initialize_torch_state", lambda self: None),  # gathers from other ranks
     ]
-    if plan.request.cluster.device == "cuda":
-        hbm = SimpleNamespace(total_memory=int(plan.request.cluster.hbm_bytes_per_rank))
+    if plan.request.group.device == "cuda":
+        hbm = SimpleNamespace(total_memory=int(plan.request.group.hbm_bytes_per_rank))
         stand_ins += [
             (batched_embedding_kernel, "SplitTableBatchedEmbeddingBagsCodegen", _cuda_kernel(plan)),
             (fbgemm_training, "construct_cache_state", _cache_state),

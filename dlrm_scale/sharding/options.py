@@ -6,12 +6,15 @@ import numpy as np
 
 from dlrm_scale.errors import ConfigError
 from dlrm_scale.sharding.choices import Choice, ColumnWidths, table_choices
-from dlrm_scale.sharding.cost import shard_ms
+from dlrm_scale.sharding.cost import replica_sync_ms, shard_ms
 from dlrm_scale.sharding.groups import KERNELS, SHARDING_TYPES, Options, Tables, cut
 from dlrm_scale.sharding.plan import PlanRequest
 from dlrm_scale.sharding.storage import shard_bytes
 
-STAGES = ("fwd_compute", "fwd_comms", "bwd_compute", "bwd_comms", "prefetch_compute", "input_dist_comms")
+STAGES = (
+    *("fwd_compute", "fwd_comms", "bwd_compute", "bwd_comms", "prefetch_compute", "input_dist_comms"),  # TorchRec's
+    "replica_sync",  # a step's part of averaging the copies of replica groups
+)
 BYTE_KINDS = ("weights", "optimizer", "cache_state", "inputs", "outputs")
 ELEMENT_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
@@ -60,22 +63,17 @@ def enumerate_options(request: PlanRequest, column_widths: ColumnWidths = "all")
     one host (row_wise).
 
     Raises:
-        ConfigError: a constraint of an unknown table; a type or kernel that the collection, the optimizer or the
+        ConfigError: a type or kernel that the collection, the optimizer or the
             device does not have; a min_partition that does not divide the dim; bf16 on cuda; for "all", sequences'
             tables whose column shards would have several widths.
     """
-    unknown = sorted(set(request.sharding.tables) - set(request.tables))
-    if unknown:
-        raise ConfigError(
-            f"sharding.tables names {', '.join(unknown)}, which the model does not have; "
-            f"its tables are {', '.join(request.tables)}"
-        )
     options = _options(request, column_widths)
     if column_widths == "all":
         _check_sequence_widths(request, options)
-    groups = cut(_tables(request), options, request.cluster)
-    ms = shard_ms(groups, request.cluster)
-    device_bytes, host_bytes = shard_bytes(groups, request.cluster, request.sparse_optimizer)
+    groups = cut(_tables(request), options, request.group)
+    device_bytes, host_bytes = shard_bytes(groups, request.group, request.sparse_optimizer)
+    ms = shard_ms(groups, request.group, request.cluster)
+    ms["replica_sync"] = replica_sync_ms(groups, request, device_bytes, host_bytes)
     return OptionSet(
         table_names=tuple(request.tables),
         option_table=options.table,

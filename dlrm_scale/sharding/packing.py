@@ -1,6 +1,8 @@
 """A partial plan that units are put into and taken out of, and what the next one would cost at every place."""
 
 # n choices of one batch  C channels  S balanced quantities  K = C + 2 quantities  R ranks  H hosts  L ranks of a host  P places  W ranks of a block
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,6 +48,8 @@ class Packing:
         self.placed: list[Placed | None] = [None] * len(problem.units)
         self.on_rank: list[set[int]] = [set() for _ in range(problem.num_ranks)]
         self.use_KR = np.zeros((problem.num_channels + 2, problem.num_ranks))
+        self._powers_SR = np.zeros((self.num_rows, problem.num_ranks))
+        self.over_R = np.zeros(problem.num_ranks)
         self.churn_ms = 0.0
         self._batches: dict[int, list[_Batch]] = {}
         self._odd: dict[int, list[int]] = {}
@@ -57,7 +61,7 @@ class Packing:
 
     def sharpen(self, doublings: int) -> None:
         self.doublings, self.power = doublings, 2**doublings
-        self._refresh(np.arange(self.problem.num_ranks))
+        self._refresh(slice(None))
 
     # ---------------------------------------------------------------- scores
     @property
@@ -74,6 +78,11 @@ class Packing:
     def smooth(self) -> float:
         return self._smooth(self._powers_SR.sum(axis=1), self.overflow, self.churn_ms)
 
+    @property
+    def bytes_norm(self) -> float:
+        """Of the ranks' device memory; with `balance_bytes` only."""
+        return float(self._powers_SR[-1].sum() ** (1 / self.power))
+
     def _smooth(self, sums_S: np.ndarray, overflow: float, churn_ms: float) -> float:
         return float(self.weight_S @ sums_S ** (1 / self.power) + OVERFLOW_WEIGHT * overflow + churn_ms / self.scale_ms)
 
@@ -87,18 +96,16 @@ class Packing:
 
     def _over(self, bytes_tier_first: np.ndarray) -> np.ndarray:
         """Overflow of (..., 2, X) bytes: (..., X)."""
+        if not self.problem.may_overflow:
+            return np.zeros((*bytes_tier_first.shape[:-2], bytes_tier_first.shape[-1]))
         capacity = self.problem.capacity[:, None]
         room = np.maximum(capacity, 1.0)
         return (np.maximum(bytes_tier_first - capacity, 0) / room).sum(axis=-2)
 
-    def _refresh(self, ranks: np.ndarray) -> None:
+    def _refresh(self, ranks: slice) -> None:
         C, S = self.problem.num_channels, self.num_rows
-        if len(ranks) == self.problem.num_ranks:
-            self._powers_SR = self._raise(self.use_KR[:S])
-            self.over_R = self._over(self.use_KR[C:])
-        else:
-            self._powers_SR[:, ranks] = self._raise(self.use_KR[:S, ranks])
-            self.over_R[ranks] = self._over(self.use_KR[C:, ranks])
+        self._powers_SR[:, ranks] = self._raise(self.use_KR[:S, ranks])
+        self.over_R[ranks] = self._over(self.use_KR[C:, ranks])
 
     # ---------------------------------------------------------------- changes
     def put(self, unit: int, placed: Placed) -> None:
@@ -113,36 +120,30 @@ class Packing:
 
     def _change(self, unit: int, placed: Placed, sign: int) -> None:
         choice = self.problem.units[unit].choices[placed.choice]
-        touched = set()
-        for block, place in zip(_each_block(choice), placed.places, strict=True):
-            ranks = self._ranks_of(choice, place)
-            self.use_KR[:, ranks] += sign * block
-            touched.update(ranks.tolist())
-        for rank in touched:
-            (self.on_rank[rank].add if sign > 0 else self.on_rank[rank].discard)(unit)
-        self._refresh(np.array(sorted(touched)))
+        width = self.problem.width(choice.scope)
+        for demand_KW, place in zip(choice.demand_NKW, placed.places, strict=True):
+            ranks = slice(place * width, (place + 1) * width)
+            self.use_KR[:, ranks] += sign * demand_KW
+            for units in self.on_rank[ranks]:
+                (units.add if sign > 0 else units.discard)(unit)
+            self._refresh(ranks)
         if self.problem.churn is not None:
             self.churn_ms += sign * self._churn(unit, placed)
-
-    def _ranks_of(self, choice: Choice, place: int) -> np.ndarray:
-        width = {"rank": 1, "host": self.problem.ranks_per_host, "all": self.problem.num_ranks}[choice.scope]
-        return np.arange(place * width, (place + 1) * width)
 
     def save(self) -> tuple:
         return self.use_KR.copy(), self._powers_SR.copy(), self.over_R.copy(), self.churn_ms
 
-    def restore(self, saved: tuple, before: dict[int, Placed]) -> None:
-        """Back to `save`d: `before` holds what the units that changed since then were."""
-        for unit in before:
+    def restore(self, saved: tuple, placed: list[Placed]) -> None:
+        """Back to `save`d, when units were at `placed`."""
+        self.use_KR, self._powers_SR, self.over_R, self.churn_ms = saved
+        changed = [unit for unit, now in enumerate(self.placed) if now is not placed[unit]]
+        for unit in changed:
             for ranks in self._near(unit):
                 ranks.discard(unit)
-        self.use_KR, self._powers_SR, self.over_R, self.churn_ms = saved
-        for unit, placed in before.items():
-            self.placed[unit] = placed
-            choice = self.problem.units[unit].choices[placed.choice]
-            for place in placed.places:
-                for rank in self._ranks_of(choice, place):
-                    self.on_rank[rank].add(unit)
+        for unit in changed:
+            self.placed[unit] = placed[unit]
+            for ranks in self._near(unit):
+                ranks.add(unit)
 
     def become(self, placed: list[Placed]) -> None:
         """Changes whatever differs from `placed`."""
@@ -157,7 +158,8 @@ class Packing:
         if placed is None:
             return []
         choice = self.problem.units[unit].choices[placed.choice]
-        return [self.on_rank[rank] for place in placed.places for rank in self._ranks_of(choice, place)]
+        width = self.problem.width(choice.scope)
+        return [self.on_rank[rank] for p in placed.places for rank in range(p * width, (p + 1) * width)]
 
     # ---------------------------------------------------------------- what a unit would cost
     def best(self, unit: int) -> tuple[float, Placed] | None:
@@ -169,18 +171,23 @@ class Packing:
         return min((f for f in found if f is not None), key=lambda f: f[0], default=None)
 
     def _sort_choices(self, unit: Unit) -> tuple[list[_Batch], list[int]]:
-        odd, even = [], {"rank": [], "host": [], "all": []}
+        """Batches by scope, and the choices that fit in none; without those that another choice can stand for at any place."""
+        odd, even, seen = [], {"rank": [], "host": [], "all": []}, set()
         for index, choice in enumerate(unit.choices):
+            takes = (choice.scope, *((blocks.count, blocks.demand_Kg.tobytes()) for blocks in choice.blocks))
+            if takes in seen and choice.places is None and self.problem.churn is None:
+                continue
+            if not choice.one_host:
+                seen.add(takes)
             num_places = {"rank": unit.allowed_R.sum(), "host": self.problem.hosts_of(unit.allowed_R).sum(), "all": 1}[
                 choice.scope
             ]
             plain = len(choice.blocks) == 1 and not choice.one_host and choice.places is None
             (even[choice.scope] if plain and choice.num_blocks <= num_places else odd).append(index)
-        odd += even.pop("all")
         batches = []
         for indices in filter(None, even.values()):
             chosen = [unit.choices[i] for i in indices]
-            demand_nKW = np.stack([c.blocks[0].demand_KW() for c in chosen])
+            demand_nKW = np.stack([c.demand_NKW[0] for c in chosen])
             count_n = np.array([c.num_blocks for c in chosen])
             batches.append(_Batch(np.array(indices), demand_nKW, count_n, self._churn_by_place(unit, chosen)))
         return batches, odd
@@ -194,8 +201,7 @@ class Packing:
         after_bytes = after_nKPW[:, C:].reshape(len(batch.choices), 2, -1)
         over_nP = (self._over(after_bytes) - self.over_R).reshape(len(batch.choices), -1, W).sum(axis=2)
         sums_S = self._powers_SR.sum(axis=1)
-        slope_S = self.weight_S * np.maximum(sums_S, 1e-9) ** (1 / self.power - 1) / self.power
-        cost_nP = np.einsum("nsp,s->np", added_nSP, slope_S) + OVERFLOW_WEIGHT * over_nP
+        cost_nP = np.einsum("nsp,s->np", added_nSP, self._slope_S()) + OVERFLOW_WEIGHT * over_nP
         if batch.churn_nP is not None:
             cost_nP += batch.churn_nP / self.scale_ms
         cost_nP[:, ~self._open_places(unit, W)] = NO_PLACE
@@ -219,9 +225,9 @@ class Packing:
         C, S, problem = self.problem.num_channels, self.num_rows, self.problem
         choice = problem.units[unit].choices[choice_index]
         use_KR, places = self.use_KR.copy(), []
-        width = len(self._ranks_of(choice, 0))
+        width = self.problem.width(choice.scope)
         open_P = self._open_places(unit, width)
-        for i, block_KW in enumerate(_each_block(choice)):
+        for i, block_KW in enumerate(choice.demand_NKW):
             after_KPW = use_KR.reshape(C + 2, -1, width) + block_KW[:, None, :]
             before = self._raise(use_KR[:S]).reshape(S, -1, width).sum(axis=2)
             added_SP = self._raise(after_KPW[:S]).sum(axis=2) - before
@@ -237,40 +243,38 @@ class Packing:
             place = int(np.where(allowed_P, cost_P, NO_PLACE).argmin())
             use_KR.reshape(C + 2, -1, width)[:, place] = after_KPW[:, place]
             places.append(place)
-        placed = Placed(choice_index, tuple(places))
+        placed = Placed(choice_index, in_order(choice, places))
         sums_S, overflow = self._raise(use_KR[:S]).sum(axis=1), float(self._over(use_KR[C:]).sum())
         return self._smooth(sums_S, overflow, self.churn_ms + self._churn(unit, placed)), placed
 
     def random_place(self, unit: int, choice_index: int, rng: np.random.Generator) -> Placed | None:
-        """Of one choice: its blocks one after the other, each at any place that rules allow, on places of their own while
-        there are any; None: a block has no place."""
+        """Of one choice: its blocks one after the other, each at any place that rules allow; None: a block has no place."""
         choice = self.problem.units[unit].choices[choice_index]
-        open_P, places = self._open_places(unit, len(self._ranks_of(choice, 0))), []
+        open_P, places = self._open_places(unit, self.problem.width(choice.scope)), []
         for block in range(choice.num_blocks):
             allowed = np.flatnonzero(self._allowed_now(choice, block, places, open_P))
-            fresh = allowed if choice.places is not None else np.setdiff1d(allowed, places)
             if not len(allowed):
                 return None
-            places.append(int(rng.choice(fresh if len(fresh) else allowed)))
-        return Placed(choice_index, tuple(places))
+            places.append(int(rng.choice(allowed)))
+        return Placed(choice_index, in_order(choice, places))
 
     def _allowed_now(self, choice: Choice, block: int, places: list[int], open_P: np.ndarray) -> np.ndarray:
+        """(P,) bool: where the next block may be, once the ones before it are at `places`. Column shards may share a rank, as in
+        TorchRec; the column blocks of a grid lie on hosts of their own while there are any."""
         if choice.places is not None:
             pinned = np.zeros_like(open_P)
             pinned[choice.places[block]] = True
             return pinned & open_P
-        allowed_P = open_P
+        if not places or choice.scope == "all":
+            return open_P
         if choice.one_host:
             host_of = np.arange(self.problem.num_ranks) // self.problem.ranks_per_host
-            if places:
-                allowed_P = allowed_P & (host_of == host_of[places[0]])
-        if (
-            choice.scope == "host" and places
-        ):  # the column blocks of a grid lie on hosts of their own while there are any
-            fresh_P = allowed_P.copy()
+            return open_P & (host_of == host_of[places[0]])
+        if choice.scope == "host":
+            fresh_P = open_P.copy()
             fresh_P[places] = False
-            allowed_P = fresh_P if fresh_P.any() else allowed_P
-        return allowed_P
+            return fresh_P if fresh_P.any() else open_P
+        return open_P
 
     def _open_places(self, unit: int, width: int) -> np.ndarray:
         """(P,) bool: places all of whose ranks the unit's rules, and the units it must be apart from, leave it."""
@@ -282,24 +286,61 @@ class Packing:
             allowed_R[taken] = False
         return allowed_R if width == 1 else allowed_R.reshape(-1, width).all(axis=1)
 
+    def pressed_rank(self) -> int:
+        """The one that holds most too much; where all fits, the busiest."""
+        if self.over_R.max() > 0:
+            return int(self.over_R.argmax())
+        return int(self.use_KR[: self.problem.num_channels].sum(axis=0).argmax())
+
+    def cost_of_shift(self, place: int, others_J: np.ndarray, shift_KIJW: np.ndarray) -> np.ndarray:
+        """(I, J) what the smooth score rises by, to first order, when the ranks of `place` get `shift_KIJW` more and those of `others_J`
+        that much less; places are ranks or hosts, as W says."""
+        C, S, W = self.problem.num_channels, self.num_rows, shift_KIJW.shape[3]
+        use_KPW, powers_SPW = self.use_KR.reshape(C + 2, -1, W), self._powers_SR.reshape(S, -1, W)
+        here_KIJW = use_KPW[:, place, None, None] + shift_KIJW
+        there_KIJW = use_KPW[:, None, others_J] - shift_KIJW
+        before_SJ = (powers_SPW[:, place, None] + powers_SPW[:, others_J]).sum(axis=2)
+        added_SIJ = (self._raise(here_KIJW[:S]) + self._raise(there_KIJW[:S])).sum(axis=3) - before_SJ[:, None]
+        cost_IJ = np.einsum("sij,s->ij", added_SIJ, self._slope_S())
+        if self.problem.may_overflow:
+            over_PW = self.over_R.reshape(-1, W)
+            over_IJW = sum(self._over(k[C:].reshape(2, -1)).reshape(k.shape[1:]) for k in (here_KIJW, there_KIJW))
+            cost_IJ += OVERFLOW_WEIGHT * (over_IJW - over_PW[place] - over_PW[others_J]).sum(axis=2)
+        return cost_IJ
+
+    def _slope_S(self) -> np.ndarray:
+        """What the smooth score rises by for each unit that a sum of powers rises by."""
+        return self.weight_S * np.maximum(self._powers_SR.sum(axis=1), 1e-9) ** (1 / self.power - 1) / self.power
+
     # ---------------------------------------------------------------- churn
     def _churn(self, unit: int, placed: Placed) -> float:
         if self.problem.churn is None:
             return 0.0
         choice = self.problem.units[unit].choices[placed.choice]
-        return sum(float(self._churn_of_block(unit, choice, i)[place]) for i, place in enumerate(placed.places))
+        there = Counter(self._previous_places(unit, choice))
+        ms = 0.0
+        for place, block in zip(placed.places, choice.demand_NKW, strict=True):
+            if there[place]:
+                there[place] -= 1
+            else:
+                ms += float(block[self.problem.num_channels :].sum()) * self.problem.churn.ms_per_byte
+        return ms
+
+    def _previous_places(self, unit: int, choice: Choice) -> tuple[int, ...]:
+        """Where the blocks of the same choice lie in the plan to stay close to; none where that has another choice."""
+        churn, tables = self.problem.churn, self.problem.units[unit].tables
+        same = all(churn.option[t] == o for t, o in zip(tables, choice.options, strict=True))
+        return churn.places[tables[0]] if same else ()
 
     def _churn_of_block(self, unit: int, choice: Choice, block: int) -> np.ndarray:
         """(P,) ms of the choice's `block`-th block by place: its bytes, unless the previous plan has one like it there."""
-        num_places = self.problem.num_ranks // len(self._ranks_of(choice, 0))
+        num_places = self.problem.num_ranks // self.problem.width(choice.scope)
         churn = self.problem.churn
         if churn is None:
             return np.zeros(num_places)
-        block_bytes = float(list(_each_block(choice))[block][self.problem.num_channels :].sum())
+        block_bytes = float(choice.demand_NKW[block][self.problem.num_channels :].sum())
         ms_P = np.full(num_places, block_bytes * churn.ms_per_byte)
-        tables = self.problem.units[unit].tables
-        if all(churn.option[t] == o for t, o in zip(tables, choice.options, strict=True)):
-            ms_P[list(churn.places[tables[0]])] = 0.0
+        ms_P[list(self._previous_places(unit, choice))] = 0.0
         return ms_P
 
     def _churn_by_place(self, unit: Unit, choices: list[Choice]) -> np.ndarray | None:
@@ -309,6 +350,6 @@ class Packing:
         return np.stack([self._churn_of_block(index, choice, 0) for choice in choices])
 
 
-def _each_block(choice: Choice) -> list[np.ndarray]:
-    """(K, W) of each block, in the order of their place in the table."""
-    return [demand for blocks in choice.blocks for demand in [blocks.demand_KW()] * blocks.count]
+def in_order(choice: Choice, places: Sequence[int]) -> tuple[int, ...]:
+    """Equal blocks that no rule tells apart, by place: so that plans are alike that differ in nothing else."""
+    return tuple(places if len(choice.blocks) > 1 or choice.places is not None else sorted(places))

@@ -52,6 +52,11 @@ class PlanRequest(Strict):
     dense_activation_bytes: int = Field(ge=0, description="of one rank's local batch; 0 where it was not traced")
     sharding: ShardingConfig = Field(description="objective and constraints")
 
+    @property
+    def group(self) -> ClusterSpec:
+        """The ranks that a plan is for: all, or with `sharding.replica_groups` those of one group, numbered from 0."""
+        return self.cluster.group(self.sharding.replica_groups)
+
 
 class Shard(Strict):
     """A rectangle of a table, and the rank that holds it."""
@@ -74,7 +79,7 @@ class TablePlan(Strict):
 
 
 class RankLoad(Strict):
-    """What the plan gives one rank: time by TorchRec's cost model (bandwidths as in the request's cluster), bytes by ours."""
+    """What the plan gives one rank (with replica groups: and its copies): time by TorchRec's cost model (bandwidths as in the request's cluster), bytes by ours."""
 
     device_bytes: dict[str, float] = Field(description="by kind, in the memory of the rank's device (CPU: the host's)")
     host_bytes: dict[str, float] = Field(description="by kind, in host memory beside a CUDA device; empty on CPU")
@@ -132,7 +137,7 @@ def plan_request(
         num_dense_parameters=num_dense_parameters,
         dense_optimizer=config.train.dense.name,
         dense_activation_bytes=dense_activation_bytes,
-        sharding=config.sharding.model_copy(update={"plan": None}),
+        sharding=config.sharding.model_copy(update={"plan": None, "cluster": None}),
     )
 
 
@@ -206,6 +211,9 @@ def _differences(planned: PlanRequest, asked: PlanRequest) -> list[str]:
         had, has = getattr(planned.cluster, field), getattr(asked.cluster, field)
         if had != has:
             lines.append(f"cluster: {field} is {had} in the plan, {has} here")
+    had, has = planned.sharding.replica_groups, asked.sharding.replica_groups
+    if had != has:
+        lines.append(f"sharding.replica_groups is {had} in the plan, {has} here")
     return lines
 
 
@@ -215,7 +223,7 @@ def _check_tables(plan: Plan, path: str | Path) -> None:
         wrong = sorted(set(plan.tables) ^ set(plan.request.tables))
         raise PlanError(f"{path}: has no entry for, or one too many for, table {', '.join(wrong)}; plan again")
     for name, spec in plan.request.tables.items():
-        fault = _fault(plan.tables[name], spec, plan.request.cluster)
+        fault = _fault(plan.tables[name], spec, plan.request.group)
         if fault:
             raise PlanError(f"{path}: table {name}: {fault}; plan again")
     widths = {

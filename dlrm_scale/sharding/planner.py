@@ -113,7 +113,7 @@ def rank_loads(
     request: PlanRequest, prepared: Prepared, shards: dict[str, tuple[int, tuple[int, ...]]]
 ) -> tuple[RankLoad, ...]:
     """`shards`: by table its option and the rank of each of the option's shards."""
-    options, num_ranks = prepared.options, request.cluster.num_ranks
+    options, num_ranks = prepared.options, request.group.num_ranks
     ms_RS = np.zeros((num_ranks, len(STAGES)))
     device_RB, host_RB = np.zeros((num_ranks, len(BYTE_KINDS))), np.zeros((num_ranks, len(BYTE_KINDS)))
     for option, ranks in shards.values():
@@ -171,8 +171,10 @@ def _no_plan(request: PlanRequest, reason: str, proven: bool) -> str:
     cluster = request.cluster
     head = "no sharding plan fits" if proven else "no sharding plan was found that fits"
     tables = "1 table" if len(request.tables) == 1 else f"{len(request.tables)} tables"
+    groups = request.sharding.replica_groups
+    each = "" if groups == 1 else f", {request.group.num_ranks} in each of {groups} replica groups"
     return (
-        f"{head} for {tables} on {cluster.num_ranks} {cluster.device} ranks: {reason}\n"
+        f"{head} for {tables} on {cluster.num_ranks} {cluster.device} ranks{each}: {reason}\n"
         f"  of {cluster.table_bytes_per_rank / 1e9:,.2f} GB a rank, sharding.storage_reserve ({request.sharding.storage_reserve:g}) keeps "
         f"{cluster.table_bytes_per_rank * request.sharding.storage_reserve / 1e9:,.2f} GB and the dense arch "
         f"{sum(dense_bytes(request).values()) / 1e9:,.2f} GB"

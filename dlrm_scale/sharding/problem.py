@@ -9,7 +9,8 @@ then the bytes of the two memory tiers.
 # C channels  K = C + 2 quantities  R ranks  H hosts  L ranks of a host  P places of a scope (R, H or 1)  O options
 # G groups of equal shards  g groups of one block  W ranks that a block lies on (1, L or R)
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -27,7 +28,7 @@ SCOPES: dict[str, Scope] = {
     "table_column_wise": "rank",
     "grid_shard": "host",
 }
-SCORED_STAGES = STAGES[:5]  # TorchRec's `Perf.total` leaves input_dist_comms out
+SCORED_STAGES = tuple(stage for stage in STAGES if stage != "input_dist_comms")  # as TorchRec's `Perf.total`
 NUM_TIERS = 2
 
 
@@ -46,14 +47,27 @@ class Blocks:
 @dataclass(frozen=True)
 class Choice:
     options: tuple[int, ...]  # one of each table of the unit
-    scope: Scope
+    sharding_type: str
     blocks: tuple[Blocks, ...]
-    one_host: bool = False  # table_column_wise: all blocks on the ranks of one host
     places: tuple[int, ...] | None = None  # where each block must be (`pin`)
+
+    @property
+    def scope(self) -> Scope:
+        return SCOPES[self.sharding_type]
+
+    @property
+    def one_host(self) -> bool:
+        """All blocks on the ranks of one host."""
+        return self.sharding_type == "table_column_wise"
 
     @property
     def num_blocks(self) -> int:
         return sum(blocks.count for blocks in self.blocks)
+
+    @cached_property
+    def demand_NKW(self) -> np.ndarray:
+        """Of each block, in the order of their place in the table."""
+        return np.stack([demand for blocks in self.blocks for demand in [blocks.demand_KW()] * blocks.count])
 
 
 @dataclass(frozen=True)
@@ -86,6 +100,20 @@ class Problem:
     def num_hosts(self) -> int:
         return self.num_ranks // self.ranks_per_host
 
+    @cached_property
+    def may_overflow(self) -> bool:
+        """Whether some plan could put more bytes on a rank than it has."""
+        most = np.zeros(NUM_TIERS)
+        for unit in self.units:
+            most += np.max(
+                [sum(b.count * b.demand_Kg[-NUM_TIERS:].max(axis=1) for b in c.blocks) for c in unit.choices], axis=0
+            )
+        return bool((most > self.capacity).any())
+
+    def width(self, scope: Scope) -> int:
+        """Ranks that a block lies on."""
+        return {"rank": 1, "host": self.ranks_per_host, "all": self.num_ranks}[scope]
+
     def hosts_of(self, allowed_R: np.ndarray) -> np.ndarray:
         """(H,) bool: hosts whose ranks are all allowed."""
         return allowed_R.reshape(self.num_hosts, self.ranks_per_host).all(axis=1)
@@ -96,7 +124,7 @@ def channels(request: PlanRequest, options: OptionSet) -> np.ndarray:
 
     busiest_rank has one channel, the sum of all stages (TorchRec's `NoopPerfModel`). critical_path (TorchRec's
     `_calculate_critical_path`, plus the prefetch of cached tables) has one for forward compute, backward compute and
-    prefetch, and one for each collective: the forward or backward communication of one collection and sharding type.
+    prefetch, one for the averaging of replica groups, and one for each other collective: the forward or backward communication of one collection and sharding type.
     """
     by_stage = {stage: options.group_ms[:, i] for i, stage in enumerate(STAGES)}
     if request.sharding.objective == "busiest_rank":
@@ -105,9 +133,9 @@ def channels(request: PlanRequest, options: OptionSet) -> np.ndarray:
     collective = np.char.add(collections[options.option_table].astype(str), options.option_type.astype(str))
     names, option_collective = np.unique(collective, return_inverse=True)
     member = (option_collective[options.group_option][:, None] == np.arange(len(names))).astype(float)
-    compute = np.stack([by_stage[s] for s in ("fwd_compute", "bwd_compute", "prefetch_compute")], axis=1)
+    alone = np.stack([by_stage[s] for s in ("fwd_compute", "bwd_compute", "prefetch_compute", "replica_sync")], axis=1)
     comms = [by_stage[s][:, None] * member for s in ("fwd_comms", "bwd_comms")]
-    every = np.concatenate([compute, *comms], axis=1)
+    every = np.concatenate([alone, *comms], axis=1)
     return every[:, every.any(axis=0)] if every.any() else every[:, :1]
 
 
@@ -122,7 +150,8 @@ class Cutter:
 
     def __init__(self, request: PlanRequest, options: OptionSet, demand_GK: np.ndarray) -> None:
         self.request, self.options, self.demand_GK = request, options, demand_GK
-        self.num_ranks, self.ranks_per_host = request.cluster.num_ranks, request.cluster.ranks_per_host
+        group = request.group
+        self.num_ranks, self.ranks_per_host = group.num_ranks, group.ranks_per_host
         self.group_start = np.searchsorted(options.group_option, np.arange(len(options.option_table) + 1))
         self.option_start = np.searchsorted(options.option_table, np.arange(len(options.table_names) + 1))
 
@@ -141,7 +170,7 @@ class Cutter:
             blocks = tuple(Blocks(int(n), d[:, None], one) for n, d in zip(num_shards, demand_gK, strict=True))
         else:
             blocks = tuple(_host_blocks(num_shards, demand_gK, self.ranks_per_host))
-        return Choice((option,), scope, blocks, one_host=sharding_type == "table_column_wise")
+        return Choice((option,), sharding_type, blocks)
 
     def shards(self, option: int) -> np.ndarray:
         """(S, 4) row, column, rows and columns of each shard, in the order of their place; none for data_parallel."""
@@ -224,4 +253,4 @@ def _host_blocks(num_shards: np.ndarray, demand_gK: np.ndarray, ranks_per_host: 
 
 def with_places(choice: Choice, places: tuple[int, ...]) -> Choice:
     """The choice with each block pinned: blocks one by one, in the order of their place in the table."""
-    return Choice(choice.options, choice.scope, choice.blocks, choice.one_host, places)
+    return replace(choice, places=places)

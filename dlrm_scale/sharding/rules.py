@@ -5,6 +5,7 @@ from itertools import combinations
 
 import numpy as np
 
+from dlrm_scale.config import PLAIN_SPARSE_OPTIMIZERS
 from dlrm_scale.errors import ConfigError, NoPlanError
 from dlrm_scale.sharding.plan import PlanRequest
 from dlrm_scale.sharding.problem import Blocks, Choice, Cutter, Unit, with_places
@@ -12,7 +13,8 @@ from dlrm_scale.sharding.problem import Blocks, Choice, Cutter, Unit, with_place
 
 def check_rules(request: PlanRequest) -> None:
     """Raises ConfigError for rules that contradict each other or name what is not there."""
-    sharding, cluster = request.sharding, request.cluster
+    sharding, cluster = request.sharding, request.group
+    _check_replicas(request)
     groups = [("together", g) for g in sharding.together] + [("apart", g) for g in sharding.apart]
     named = [("tables", (name,)) for name in sharding.tables] + groups
     for rule, tables in named:
@@ -61,6 +63,15 @@ def check_rules(request: PlanRequest) -> None:
             )
 
 
+def _check_replicas(request: PlanRequest) -> None:
+    """`DMPCollection.sync` averages weights and the state that is called `sum`, and no other."""
+    if request.sharding.replica_groups > 1 and request.sparse_optimizer not in PLAIN_SPARSE_OPTIMIZERS:
+        raise ConfigError(
+            f"sharding.replica_groups is {request.sharding.replica_groups}, but TorchRec 1.8.0 averages copies of tables that train by "
+            f"{', '.join(PLAIN_SPARSE_OPTIMIZERS)} only, and train.sparse.name is {request.sparse_optimizer}; change one of them"
+        )
+
+
 def _check_pins_apart(request: PlanRequest, a: str, b: str) -> None:
     pins = [set(t.pin) if (t := request.sharding.tables.get(name)) and t.pin else set() for name in (a, b)]
     if pins[0] & pins[1]:
@@ -71,7 +82,7 @@ def _check_pins_apart(request: PlanRequest, a: str, b: str) -> None:
 
 def allowed_ranks(request: PlanRequest, table: str) -> np.ndarray:
     """(R,) bool."""
-    cluster, rules = request.cluster, request.sharding.tables.get(table)
+    cluster, rules = request.group, request.sharding.tables.get(table)
     allowed = np.ones(cluster.num_ranks, dtype=bool)
     if rules is None:
         return allowed
@@ -158,7 +169,7 @@ def _joined(request: PlanRequest, cutter: Cutter, tables: tuple[int, ...], names
     for kernel in shared:
         members = tuple(other[kernel] for other in by_kernel)
         demand_K1 = sum(cutter.choice(o).blocks[0].demand_Kg for o in members)
-        choice = Choice(members, "rank", (Blocks(1, demand_K1, np.ones(1, dtype=int)),))
+        choice = Choice(members, "table_wise", (Blocks(1, demand_K1, np.ones(1, dtype=int)),))
         choices.append(with_places(choice, pin) if (pin := next(iter(pins), None)) else choice)
     return choices
 

@@ -1,15 +1,14 @@
 """Anytime search for the plan of least score: many quick starts, then large-neighbourhood search from the best of them.
 
 A start fixes a choice for every unit and packs them, largest first, each where the smooth score is least (longest processing
-time first). The choices come from targets (nothing larger than T on one rank, at the prices that the bound puts on memory), from
-the three rules that TorchRec's greedy and uniform proposers begin with, and from leaving all choices open. Then units are taken
-out, half of them from the busiest rank, and put back at their best, as long as there are rounds and time. The result depends on
+time first). The choices come from targets (nothing larger than T on one rank, at the prices that the bound puts on memory), and
+from leaving all choices open; beside these, every plan of TorchRec's planner that is better is a start. Then units are taken out, half of them from the busiest rank, and put back at their best, as long as there are rounds and time. The result depends on
 the seed and the rounds alone, unless time cuts the search short, which it says.
 """
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import chain
 
@@ -18,9 +17,10 @@ import numpy as np
 from dlrm_scale.sharding.bound import Bound, ChoiceTotals, best_mean, cheapest_choices
 from dlrm_scale.sharding.packing import Packing, Placed
 from dlrm_scale.sharding.problem import Problem, Unit
+from dlrm_scale.sharding.swaps import movable, swap_down
+from dlrm_scale.sharding.torchrec_plans import torchrec_plans
 
 TARGETS = (1.0, 1.03, 1.08, 1.15, 1.3, 1.6, 2.0, 3.0)  # times the bound
-DESCENT_PLACEMENTS = 6000  # of units, in all plans of one of TorchRec's descents
 MORE_WHILE_TOO_FULL = 8  # times the rounds, as long as nothing fits
 BYTES_WEIGHT = 0.03  # of balanced memory, once a plan fits
 SHORT_OF_MEMORY = 0.7  # part of all ranks' memory, taken by the cheapest choices, from which on packing it needs care
@@ -28,12 +28,17 @@ MEMORY_PARTS = (0.98, 0.95, 0.9)
 COMMON_PARTS = (0.0, 0.25, 0.5, 0.75)
 MOST_LEGS = 6  # starts to improve; few for many units, whose rounds take longer and whose starts are nearer
 CLOSE_ENOUGH = 1e-3  # a gap not worth searching on
-MOST_SLACK = 0.02  # how much worse than the best a plan may be to go on from, at first
+MOST_SLACK = 0.04  # how much worse than the best a plan may be to go on from, at first
 JUDGE_DOUBLINGS = 4  # plans are compared by the 16-norm
 INSERT_DOUBLINGS = (1, 7)  # and units put back by one drawn anew each round: from nearly the mean to nearly the maximum
 REMOVED = 0.35  # of the geometric distribution of how many units a round takes out, after the first
 NUM_RETURNS = 8  # times that a descent goes back to its best plan
 FORCED_FIRST, FORCED = 0.5, 0.05  # part of the units put back, first and later, whose choice is drawn
+STALE_ROUNDS, STALE_PART = 300, 0.5  # rounds, at least and as a part of a leg's, without a gain of note that end it
+STALE_GAIN = 1e-4
+MOST_SWAPS = 4  # in a round
+MOST_SWAPPED_UNITS = 600  # with more, a round of taking out and putting back finds as much sooner
+LEVEL_FAILURES, LEVEL_GAIN = 60, 1e-6  # tries in a row that end the levelling of memory; part of the norm that counts
 FITS = 1e-12  # overflow below this is rounding
 
 
@@ -79,19 +84,17 @@ class Search:
         self.found = Found()
         self._fits_N = (totals.worst_bytes_N2 <= problem.capacity).all(axis=1)
         self._cheapest_U = cheapest_choices(totals, self._fits_N, np.zeros(3))
+        self._movable_U = [movable(unit) for unit in problem.units]
         self._freedom_U = np.array([self._freedom(unit) for unit in problem.units])
         wanted_bytes = float(totals.bytes_N2[self._cheapest_U, 0].sum())
         self._is_short_of_memory = wanted_bytes > SHORT_OF_MEMORY * problem.capacity[0] * problem.num_ranks
 
     def run(self, num_rounds: int) -> Found:
         packings = []
-        for name, chosen in self._starts():
-            packing = self._pack(chosen)
-            if packing is None:
-                continue
+        for name, packing in self._starts():
             self._note(packing, name)
             packings.append((packing.score_ms + packing.overflow * self._scale(), len(packings), name, packing))
-            if self._over():
+            if self.found.cut_short:
                 break
         if not packings:
             return self.found
@@ -109,6 +112,7 @@ class Search:
             if self.found.fits or self._over():
                 break
             self._improve(nearest[-1], nearest[-2], num_rounds, num_rounds, num_rounds)
+        self._level_memory()
         return self.found
 
     def _over(self) -> bool:
@@ -129,14 +133,35 @@ class Search:
             found.history.append((found.seconds_to_best, score_ms))
 
     # ---------------------------------------------------------------- starts
-    def _starts(self) -> Iterator[tuple[str, np.ndarray | None]]:
-        """(name, (U,) choice of each unit, or None to leave all open), each only once."""
+    def _starts(self) -> Iterator[tuple[str, Packing]]:
+        """The plan to stay close to; our own choices, each only once; then what of TorchRec's plans is better than all of these."""
+        if (previous := self._previous()) is not None:
+            yield "the plan to stay close to", self._packing(previous)
         seen: set[bytes] = set()
-        for name, chosen in chain(self._priced(), self._uniform(), self._descents()):
-            if (key := chosen.tobytes()) not in seen:
-                seen.add(key)
-                yield name, chosen - self.totals.start_U
-        yield "all open", None
+        for name, chosen in chain(self._priced(), [("all open", None)]):
+            if self._over():
+                break
+            key = b"" if chosen is None else chosen.tobytes()
+            if key in seen:
+                continue
+            seen.add(key)
+            packing = self._pack(None if chosen is None else chosen - self.totals.start_U)
+            if packing is not None:
+                yield name, packing
+        beat_ms = lambda: self.found.score_ms if self.found.fits else math.inf  # noqa: E731
+        for name, placed in torchrec_plans(self.problem, self.totals, beat_ms):
+            yield name, self._packing(placed)
+
+    def _previous(self) -> list[Placed] | None:
+        """None: there is none, or it has a table in a way that this request leaves out, or rules on places."""
+        churn, previous = self.problem.churn, []
+        for unit in self.problem.units if churn is not None else ():
+            options, places = tuple(churn.option[table] for table in unit.tables), churn.places[unit.tables[0]]
+            choice = next((i for i, c in enumerate(unit.choices) if c.options == options), None)
+            if choice is None or not movable(unit):  # a rule may have come since
+                return None
+            previous.append(Placed(choice, places))
+        return previous or None
 
     def _priced(self) -> Iterator[tuple[str, np.ndarray]]:
         """The cheapest choices under targets, at the prices of the bound, of less memory and of less common load."""
@@ -170,38 +195,10 @@ class Search:
                 if value < math.inf:
                     yield f"target x{target:g}, common load x{part:g}", allowed_N, price_3
 
-    def _uniform(self) -> Iterator[tuple[str, np.ndarray]]:
-        """By the sum, and by the largest shard, over all scopes and over each scope that every unit has (TorchRec's uniform proposer
-        goes by sharding type, of which some cost the same)."""
-        totals = self.totals
-        scope_N = np.array([choice.scope for unit in self.problem.units for choice in unit.choices])
-        for name, judged in (("sum", totals), ("depth", replace(totals, ms_N=totals.worst_ms_N))):
-            yield f"least {name}", cheapest_choices(judged, self._fits_N, np.zeros(3))
-            for scope in ("rank", "host", "all"):
-                allowed_N = self._fits_N & (scope_N == scope)
-                if np.logical_or.reduceat(allowed_N, totals.start_U).all():
-                    yield f"least {name}, {scope}", cheapest_choices(judged, allowed_N, np.zeros(3))
-
-    def _descents(self) -> Iterator[tuple[str, np.ndarray]]:
-        """What TorchRec's greedy proposers propose: each table's best option, by sum or by largest shard, and then again and again
-        the table with the largest shard in memory moves on to its next best. As many as are quick."""
-        totals = self.totals
-        num_units = len(totals.start_U)
-        stop_U = np.append(totals.start_U[1:], len(totals.ms_N))
-        for name, score_N in (("sum", totals.ms_N), ("depth", totals.worst_ms_N)):
-            order_N = np.lexsort((score_N, ~self._fits_N, np.repeat(np.arange(num_units), stop_U - totals.start_U)))
-            at_U = totals.start_U.copy()
-            for step in range(DESCENT_PLACEMENTS // num_units):
-                yield f"greedy by {name}, step {step}", order_N[at_U]
-                rank_bytes_U = np.where(at_U + 1 < stop_U, totals.worst_bytes_N2[order_N[at_U], 0], -1.0)
-                if rank_bytes_U.max() < 0:
-                    break
-                at_U[rank_bytes_U.argmax()] += 1
-
     def _pack(self, chosen_U: np.ndarray | None) -> Packing | None:
         """None: some unit found no place that its rules allow."""
         problem, totals = self.problem, self.totals
-        packing = Packing(problem, self._scale(), 4, balance_bytes=self._is_short_of_memory)
+        packing = self._packing()
         if chosen_U is None:
             at_N = cheapest_choices(totals, np.ones(len(totals.ms_N), dtype=bool), self.bound.price_3)
         else:
@@ -216,6 +213,13 @@ class Search:
             if fit is None:
                 return None
             packing.put(unit, fit[1])
+        return packing
+
+    def _packing(self, placed: Iterable[Placed] = (), balance_bytes: bool | None = None) -> Packing:
+        balance_bytes = self._is_short_of_memory if balance_bytes is None else balance_bytes
+        packing = Packing(self.problem, self._scale(), JUDGE_DOUBLINGS, balance_bytes)
+        for unit, place in enumerate(placed):
+            packing.put(unit, place)
         return packing
 
     def _freedom(self, unit: Unit) -> int:
@@ -234,25 +238,24 @@ class Search:
         packing.weigh_bytes(1.0 if packing.overflow > FITS else BYTES_WEIGHT)
         packing.sharpen(JUDGE_DOUBLINGS)
         least, least_placed = packing.smooth, list(packing.placed)
-        at_least = True
+        at_least, last_gain = True, 0
         for round_ in range(num_rounds):
-            if self._over():
+            if self._over() or round_ - last_gain > max(STALE_ROUNDS, STALE_PART * num_rounds):
                 return
             slack = MOST_SLACK * (1 - round_ / num_rounds) ** 2
             if round_ % (num_rounds // NUM_RETURNS + 1) == 0 and not at_least:
                 packing.become(least_placed)
                 at_least = True
-            units = self._neighbourhood(packing)
-            saved, before = packing.save(), {unit: packing.placed[unit] for unit in units}
-            for unit in units:
-                packing.take(unit)
-            packing.sharpen(int(self.rng.integers(*INSERT_DOUBLINGS)))
-            placed = self._put_back(packing, units)
-            packing.sharpen(JUDGE_DOUBLINGS)
-            smooth = packing.smooth
-            if placed and smooth <= least * (1 + slack):
+            saved, before = packing.save(), list(packing.placed)
+            if self._reinsert(packing, self._neighbourhood(packing)):
+                self._swap(packing)
+                smooth = packing.smooth
+            else:
+                smooth = math.inf
+            if smooth <= least * (1 + slack):
                 at_least = smooth <= least
                 if smooth < least:
+                    last_gain = round_ if smooth < least * (1 - STALE_GAIN) else last_gain
                     least, least_placed = smooth, list(packing.placed)
                 self._note(packing, name)
             else:
@@ -260,6 +263,48 @@ class Search:
             self.found.num_rounds += 1
             if self.progress is not None and round_ % 16 == 0:
                 self.progress((done + round_) / of, self.found)
+
+    def _reinsert(self, packing: Packing, units: list[int]) -> bool:
+        """Takes units out and puts them back; False: some unit found no place."""
+        for unit in units:
+            packing.take(unit)
+        packing.sharpen(int(self.rng.integers(*INSERT_DOUBLINGS)))
+        placed = self._put_back(packing, units)
+        packing.sharpen(JUDGE_DOUBLINGS)
+        return placed
+
+    def _swap(self, packing: Packing) -> None:
+        if self.problem.churn is None and len(self.problem.units) <= MOST_SWAPPED_UNITS:
+            swap_down(packing, MOST_SWAPS, self._movable_U)
+
+    def _level_memory(self) -> None:
+        """Where time allows several places, the one with more memory left: the fullest rank's memory goes down, the score not up."""
+        found, problem = self.found, self.problem
+        if not found.fits or self._is_short_of_memory or problem.num_ranks == 1 or problem.churn is not None:
+            return
+        packing = self._packing(found.placed, balance_bytes=True)
+        limit_ms, failures = max(found.score_ms, packing.score_ms), 0
+        while failures < LEVEL_FAILURES and time.monotonic() < self.deadline:
+            saved, before, was = packing.save(), list(packing.placed), packing.bytes_norm
+            fullest, emptiest = (
+                int(packing.use_KR[problem.num_channels].argmax()),
+                int(packing.use_KR[problem.num_channels].argmin()),
+            )
+            weights_N = self.totals.worst_bytes_N2[:, 0]
+            units = {*self._drawn(packing, fullest, 1, weights_N), *self._drawn(packing, emptiest, 1, weights_N)}
+            units.add(int(self.rng.integers(len(problem.units))))
+            placed = self._reinsert(packing, sorted(units))
+            if (
+                placed
+                and packing.score_ms <= limit_ms
+                and packing.overflow <= FITS
+                and packing.bytes_norm < was * (1 - LEVEL_GAIN)
+            ):
+                failures = 0
+            else:
+                packing.restore(saved, before)
+                failures += 1
+        found.placed, found.score_ms = tuple(packing.placed), min(found.score_ms, packing.score_ms)
 
     def _neighbourhood(self, packing: Packing) -> list[int]:
         """Units to take out: about half from a busy rank (or one that holds too much), the others from anywhere."""

@@ -13,12 +13,12 @@ from rich.console import Console
 
 from dlrm_scale.checkpoint.commit import CheckpointFolder
 from dlrm_scale.checkpoint.manifest import Manifest
-from dlrm_scale.cluster import this_cluster
+from dlrm_scale.cluster import ClusterSpec, check_ranks, load_cluster, this_cluster
 from dlrm_scale.config import RunConfig, check_num_ranks
 from dlrm_scale.config_io import dump_config, fingerprint
 from dlrm_scale.data.open import open_source, preflight
 from dlrm_scale.data.synthetic import SyntheticSource
-from dlrm_scale.errors import CheckpointError, DivergedError, NoPlanError, RollbackRequested
+from dlrm_scale.errors import CheckpointError, ConfigError, DivergedError, NoPlanError, RollbackRequested
 from dlrm_scale.models.ranking_model import build_model
 from dlrm_scale.resilience.account import Account, Attempt, next_attempt
 from dlrm_scale.resilience.goodput import EventLog
@@ -105,9 +105,13 @@ def prepare(config: RunConfig, rank: Rank, folder: RunFolder) -> Prepared:
 
 def make_plan(config: RunConfig, rank: Rank, earlier: Plan | None = None) -> Plan:
     """The plan that `sharding.plan` names; or `earlier`, if it answers the same request; or a new one for ranks like this."""
+    if config.sharding.replica_groups > 1:
+        raise ConfigError(
+            f"sharding.replica_groups is {config.sharding.replica_groups}, which can be planned but not trained yet: TorchRec 1.8.0's "
+            "DMPCollection runs on CUDA and MTIA only, and no test here has one; set it to 1"
+        )
     model = build_model(config, dense_device=torch.device("meta"))  # also where features that do not suit the arch show
-    cluster = this_cluster(rank.world_size, rank.ranks_per_host, rank.device.type)
-    request = plan_request(config, cluster, model.num_dense_parameters)
+    request = plan_request(config, _cluster(config, rank), model.num_dense_parameters)
     if config.sharding.plan is not None:
         return load_plan(config.sharding.plan, request)
     if earlier is not None and answers(earlier, request):
@@ -118,6 +122,15 @@ def make_plan(config: RunConfig, rank: Rank, earlier: Plan | None = None) -> Pla
         raise NoPlanError(
             f"{e}\n  what would make it fit (fp16, more types, host memory, more hosts): python -m tools.plan_sharding tries it"
         ) from None
+
+
+def _cluster(config: RunConfig, rank: Rank) -> ClusterSpec:
+    ranks = rank.world_size, rank.ranks_per_host, rank.device.type
+    if config.sharding.cluster is None:
+        return this_cluster(*ranks)
+    cluster = load_cluster(config.sharding.cluster)
+    check_ranks(cluster, config.sharding.cluster, *ranks)
+    return cluster
 
 
 def answers(plan: Plan, request: PlanRequest) -> bool:
@@ -236,7 +249,7 @@ def _train_model(job: Job, plan: Plan, checkpoints: RunCheckpoints, board: Board
     dist.gather_object(peak_memory_bytes(rank.device), memory, dst=0)
     if folder and memory is not None:
         oracle = oracle_metrics(config, eval_source) if isinstance(eval_source, SyntheticSource) else None
-        cluster = this_cluster(rank.world_size, rank.ranks_per_host, rank.device.type)
+        cluster = _cluster(config, rank)
         spent = events.goodput()
         folder.finish(record_line(run_record(config, cluster, plan, result, memory, oracle, spent)))
         print_end(job.console, config, result, oracle, folder.path, spent)

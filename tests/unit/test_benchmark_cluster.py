@@ -123,3 +123,23 @@ def test_a_number_that_is_none_is_a_usage_error(args, capsys):
     with pytest.raises(SystemExit) as e:
         parser.parse_args(args.split())
     assert e.value.code == 2 and f", but is {args.split()[1]}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("num_ranks", "ranks_per_host"), [(2, 2), (4, 2)])
+def test_each_collective_s_coefficient_makes_up_for_the_common_figure(num_ranks, ranks_per_host):
+    """All-to-all at twice the others' speed: the figure lies between, the coefficients say on which side."""
+    samples = [
+        Samples(s.thing, [t / 2 if s.thing.name == "all-to-all" else t for t in s.seconds])
+        for s in measured({16: 8.0, 64: 32.0}, *sorted({num_ranks, ranks_per_host}))
+    ]
+    found = fit(samples, "cpu", num_ranks, ranks_per_host, "the command")
+    weights = found.cost_coefficients
+    assert weights.all_to_all == pytest.approx(weights.reduce_scatter / 2, rel=0.01)
+    assert weights.reduce_scatter == weights.all_gather > 1 > weights.all_to_all
+    for name, factor in (("all-to-all", weights.all_to_all), ("reduce-scatter", weights.reduce_scatter)):
+        of_all = [s for s in samples if s.thing.name == name and s.thing.of == num_ranks]
+        figure = found.intra_host_gb_per_s if num_ranks == ranks_per_host else found.inter_host_gb_per_s
+        for s in of_all:
+            assert factor * s.thing.num_bytes / bytes_per_ms(figure) == pytest.approx(1e3 * s.seconds[1], rel=0.01)
+    if num_ranks == ranks_per_host:
+        assert weights.all_reduce == pytest.approx(1, rel=0.01)

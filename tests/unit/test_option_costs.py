@@ -25,11 +25,10 @@ from torchrec.distributed.planner.estimator.types import (
 from torchrec.distributed.planner.shard_estimators import EmbeddingStorageEstimator
 from torchrec.distributed.planner.types import ParameterConstraints
 from torchrec.distributed.types import CacheParams, PipelineType
-from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, EmbeddingConfig
-from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
 from dlrm_scale.cluster import CostCoefficients
 from dlrm_scale.config import PLAIN_SPARSE_OPTIMIZERS, SEQUENCE_SHARDING_TYPES, SparseOptimizer, TableSharding
+from dlrm_scale.sharding.meta_world import bare_collections
 from dlrm_scale.sharding.options import BYTE_KINDS, STAGES, OptionSet, enumerate_options
 from dlrm_scale.sharding.plan import PlanRequest, TableSpec
 from dlrm_scale.sharding.sharders import FUSED_OPTIMIZERS, make_sharders
@@ -38,7 +37,7 @@ from tests.support.requests import CLUSTERS, cluster, random_request, request_of
 from tools.benchmark.stock import topology
 
 WEIGHTS, OPTIMIZER, _, INPUTS, _ = range(len(BYTE_KINDS))
-DATA_TYPES = {"fp32": DataType.FP32, "fp16": DataType.FP16}
+TORCHREC_STAGES = [stage for stage in STAGES if stage != "replica_sync"]
 MIXED = CostCoefficients(input_read=0.3, lookup=1.7, output_write=2.2, hash_size=0.9, backward=3.1)
 
 
@@ -52,7 +51,7 @@ def ours(request: PlanRequest) -> dict[tuple, np.ndarray]:
     device_bytes = options.group_device_bytes[:, kinds].sum(1)
     if request.cluster.device == "cpu":
         device_bytes -= options.group_device_bytes[:, INPUTS] / 2  # TorchRec counts one batch's ids on cpu
-    columns = [options.group_num_rows, options.group_num_columns, *options.group_ms.T]
+    columns = [options.group_num_rows, options.group_num_columns, *options.group_ms[:, : len(TORCHREC_STAGES)].T]
     groups = np.stack([*columns, device_bytes, options.group_host_bytes[:, kinds].sum(1)], axis=1)
     return {
         key: np.repeat(groups[mine], options.group_num_shards[mine], axis=0)
@@ -96,7 +95,7 @@ def torchrecs(request: PlanRequest) -> dict[tuple, np.ndarray]:
     if machines.device == "cpu":  # where the stock ones have no row-wise types
         sharders = make_sharders(SparseOptimizer(), "cpu")
     found = {}
-    for option in enumerator.enumerate(collections(request), sharders):
+    for option in enumerator.enumerate(bare_collections(request), sharders):
         cached = option.compute_kernel == "fused_uvm_caching"
         factor = (0.2 if option.cache_load_factor is None else option.cache_load_factor) if cached else None
         # On cuda hbm and ddr are the device's and the host's; on cpu the device's memory is ddr
@@ -105,7 +104,7 @@ def torchrecs(request: PlanRequest) -> dict[tuple, np.ndarray]:
         ]
         found[option.name, option.sharding_type, option.compute_kernel, factor] = np.array(
             [
-                [*s.size, *(getattr(s.perf, stage) for stage in STAGES), *tier]
+                [*s.size, *(getattr(s.perf, stage) for stage in TORCHREC_STAGES), *tier]
                 for s, tier in zip(option.shards, tiers, strict=True)
             ]
         )
@@ -129,28 +128,6 @@ def torchrecs_constraints(name: str, request: PlanRequest) -> ParameterConstrain
         feature_names=list(spec.expected_ids_by_feature),
         cache_params=cache,
     )
-
-
-def collections(request: PlanRequest) -> nn.Module:
-    model = nn.Module()
-    for path, kind, config, collection in (
-        ("bags", "bags", EmbeddingBagConfig, EmbeddingBagCollection),
-        ("sequences", "sequences", EmbeddingConfig, EmbeddingCollection),
-    ):
-        configs = [
-            config(
-                name=name,
-                num_embeddings=spec.num_embeddings,
-                embedding_dim=spec.embedding_dim,
-                feature_names=list(spec.expected_ids_by_feature),
-                data_type=DATA_TYPES[spec.data_type],
-            )
-            for name, spec in request.tables.items()
-            if spec.collection == kind
-        ]
-        if configs:
-            setattr(model, path, collection(configs, device=torch.device("meta")))
-    return model
 
 
 def check_equals_torchrec(request: PlanRequest) -> None:

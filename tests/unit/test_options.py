@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
+from dlrm_scale.cluster import CostCoefficients
 from dlrm_scale.config import SEQUENCE_SHARDING_TYPES, TableSharding
 from dlrm_scale.errors import ConfigError
 from dlrm_scale.sharding.groups import SHARDING_TYPES
-from dlrm_scale.sharding.options import OptionSet, enumerate_options
+from dlrm_scale.sharding.options import STAGES, OptionSet, enumerate_options
 from dlrm_scale.sharding.plan import PlanRequest, TableSpec
 from tests.support.requests import CLUSTERS, cluster, random_request, request_of
 
@@ -197,18 +198,9 @@ def with_two_sequence_widths() -> PlanRequest:
     return request_of(tables, TWO_HOSTS, {"u": TableSharding(min_partition=64)})
 
 
-def with_unknown_table() -> PlanRequest:
-    return request_of({"t": spec()}, TWO_HOSTS, {"u": TableSharding(), "v": TableSharding()})
-
-
 @pytest.mark.parametrize(
     ("asked", "error", "said"),
     [
-        (
-            with_unknown_table(),
-            ConfigError,
-            "sharding.tables names u, v, which the model does not have; its tables are t",
-        ),
         (
             request(cluster("cpu", 2, 2), {"kernels": ("fused", "fused_uvm")}),
             ConfigError,
@@ -247,7 +239,6 @@ def with_unknown_table() -> PlanRequest:
         ),
     ],
     ids=[
-        "table",
         "kernel",
         "collection",
         "optimizer",
@@ -279,3 +270,39 @@ def test_thousands_of_tables_on_hundreds_of_ranks_are_a_matter_of_moments():
     assert time.perf_counter() - started < 2
     assert options.group_num_shards.sum() > 8_000_000
     assert sum(array.nbytes for array in vars(options).values() if isinstance(array, np.ndarray)) < 200e6
+
+
+@pytest.mark.parametrize("machines", [TWO_HOSTS, ONE_HOST], ids=["two hosts", "one host"])
+def test_a_collective_s_coefficient_weighs_its_time_and_no_other(machines):
+    """By stage and sharding type: which collective carries it, on bags and on sequences."""
+    carried = {
+        "all_to_all": {("table_wise", "fwd_comms"), ("table_wise", "bwd_comms"), ("column_wise", "fwd_comms"),
+                       ("column_wise", "bwd_comms")},
+        "reduce_scatter": {("row_wise", "fwd_comms"), ("table_row_wise", "fwd_comms")},
+        "all_gather": {("row_wise", "bwd_comms"), ("table_row_wise", "bwd_comms")},
+        "all_reduce": {("data_parallel", "bwd_comms")},
+    }  # fmt: skip
+    if machines.num_hosts > 1:  # rows of a host meet those of others
+        carried["all_to_all"] |= {("table_row_wise", "fwd_comms"), ("table_row_wise", "bwd_comms")}
+
+    def by_type(collection: str, weights: CostCoefficients) -> dict[tuple[str, str], float]:
+        on = machines.model_copy(update={"cost_coefficients": weights})
+        options = enumerate_options(request(on, dim=384, collection=collection), "stock")
+        kinds = options.option_type[options.group_option]
+        return {
+            (kind, stage): float(options.group_ms[kinds == kind][:, STAGES.index(stage)].sum())
+            for kind in {k for k, _ in set().union(*carried.values())} & set(kinds)
+            for stage in ("fwd_comms", "bwd_comms", "fwd_compute", "bwd_compute")
+        }
+
+    plain = by_type("bags", CostCoefficients())
+    for name, expected in carried.items():
+        slower = by_type("bags", CostCoefficients(**{name: 3.0}))
+        assert {key for key in plain if slower[key] > plain[key] * (1 + 1e-9)} == expected, name
+        assert all(slower[key] == plain[key] for key in plain if key not in expected), name
+    events = [
+        by_type("sequences", CostCoefficients(**weights))
+        for weights in ({}, {"reduce_scatter": 3.0}, {"all_to_all": 3.0})
+    ]
+    assert events[0] == events[1], "events are not summed: their rows go back by all-to-all"
+    assert events[2]["row_wise", "fwd_comms"] == pytest.approx(3 * events[0]["row_wise", "fwd_comms"])

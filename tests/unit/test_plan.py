@@ -1,9 +1,11 @@
 """Plans without processes: what the planner finds, what plan.json holds, and which plans are refused."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from torchrec.distributed.types import ShardingPlan
 
 from dlrm_scale.cluster import ClusterSpec, Figure, this_cluster
@@ -13,6 +15,7 @@ from dlrm_scale.sharding.apply import to_torchrec
 from dlrm_scale.sharding.plan import load_plan, plan_request, save_plan
 from dlrm_scale.sharding.planner import find_plan
 from dlrm_scale.sharding.sharders import make_sharders
+from dlrm_scale.training.run import make_plan
 from tests.support.configs import tiny_config
 from tests.support.twin import constraint
 
@@ -188,3 +191,18 @@ def test_an_optimizer_that_the_device_lacks_is_refused():
 def test_planning_leaves_tables_on_meta():
     config = tiny_config()
     assert all(p.device == torch.device("meta") for p in Embeddings(config.features).parameters())
+
+
+def test_the_trainer_plans_for_the_cluster_that_the_configuration_names(tmp_path):
+    mine = this_cluster(2, 2, "cpu")
+    slow = mine.model_copy(update={"intra_host_gb_per_s": Figure(value=0.1, source="measured: here")})
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(slow.model_dump(mode="json", exclude_defaults=True)))
+    config = tiny_config(sharding={"cluster": str(tmp_path / "mine.yaml")})
+    two_ranks = SimpleNamespace(world_size=2, ranks_per_host=2, device=torch.device("cpu"))
+    assert make_plan(config, two_ranks).request.cluster == slow
+    assert make_plan(tiny_config(), two_ranks).request.cluster == mine
+    four_ranks = SimpleNamespace(world_size=4, ranks_per_host=2, device=torch.device("cpu"))
+    with pytest.raises(
+        ConfigError, match=r"mine.yaml, which is not of these ranks: num_ranks is 2 there, 4 here; name"
+    ):
+        make_plan(config, four_ranks)

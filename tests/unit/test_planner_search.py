@@ -11,11 +11,14 @@ from dlrm_scale.config import SparseOptimizer, TableSharding
 from dlrm_scale.errors import ConfigError, PlanError
 from dlrm_scale.sharding.bound import choice_totals, lower_bound
 from dlrm_scale.sharding.explain import changes, explain, packing_of
+from dlrm_scale.sharding.meta_world import bare_collections
+from dlrm_scale.sharding.packing import Packing, Placed
 from dlrm_scale.sharding.plan import PlanRequest, save_plan
 from dlrm_scale.sharding.planner import find_plan, prepare
 from dlrm_scale.sharding.sharders import make_sharders
+from dlrm_scale.sharding.swaps import movable, swap_down
 from tools.benchmark.exact import exact_optimum
-from tools.benchmark.stock import bag_model, topology
+from tools.benchmark.stock import topology
 from tools.benchmark.workloads import filled, random_request, stock_options
 
 SEED = 0
@@ -84,7 +87,7 @@ def test_score_is_torchrecs_own_rating_of_the_plan(objective):
     }
     machines = topology(request.cluster)
     enumerator = EmbeddingEnumerator(machines, request.local_batch_size, constraints)
-    options = enumerator.enumerate(bag_model(request), make_sharders(SparseOptimizer(name="sgd"), "cuda"))
+    options = enumerator.enumerate(bare_collections(request), make_sharders(SparseOptimizer(name="sgd"), "cuda"))
     assert len({option.sharding_type for option in options}) > 1
     for option in options:
         for shard, rank in zip(option.shards, plan.tables[option.name].ranks, strict=True):
@@ -217,3 +220,71 @@ def test_explain_puts_the_plan_back_and_prices_each_option(request_26, plan_26):
     assert np.isclose(chosen.all_shards_ms, chosen.largest_shard_ms * chosen.num_shards)
     with pytest.raises(PlanError, match="no table nope"):
         explain(prepared, plan_26, "nope")
+
+
+def packed(prepared, plan) -> Packing:
+    packing = packing_of(prepared, plan)
+    packing.sharpen(4)
+    return packing
+
+
+def test_swaps_lower_the_score_and_move_whole_shards_only(request_26):
+    plan = find_plan(request_26, num_rounds=0).plan
+    prepared = prepare(request_26)
+    packing = packed(prepared, plan)
+    # One shard too many on the busiest rank, so that there is something to gain
+    pressed = packing.pressed_rank()
+    for unit, placed in enumerate(packing.placed):
+        if prepared.problem.units[unit].choices[placed.choice].scope == "rank" and pressed not in placed.places:
+            packing.take(unit)
+            packing.put(unit, Placed(placed.choice, (pressed, *placed.places[1:])))
+            break
+    before, was = packing.smooth, list(packing.placed)
+    movable_U = [movable(unit) for unit in prepared.problem.units]
+    assert swap_down(packing, 5, movable_U) >= 1 and packing.smooth < before
+    assert [p.choice for p in packing.placed] == [p.choice for p in was]
+    anew = Packing(prepared.problem, packing.scale_ms, doublings=4)
+    for unit, placed in enumerate(packing.placed):
+        anew.put(unit, placed)
+    np.testing.assert_allclose(packing.use_KR, anew.use_KR, rtol=1e-9, atol=1e-6)
+    still = list(packing.placed)
+    swap_down(packing, 5, [False] * len(still))
+    assert packing.placed == still, "what rules bind does not move"
+
+
+def test_where_time_is_even_memory_is_levelled():
+    """Two tables decide the time; the others, large and hardly read, could lie anywhere."""
+    request = random_request(num_tables=16, num_ranks=8, seed=2)
+    tables = {
+        name: spec.model_copy(
+            update={
+                "num_embeddings": 2_000_000,
+                "embedding_dim": 64,
+                "expected_ids_by_feature": {name: 500.0 if i < 2 else 0.001},
+            }
+        )
+        for i, (name, spec) in enumerate(request.tables.items())
+    }
+    request = request.model_copy(update={"tables": tables})
+    rules = {name: {"types": ("table_wise",), "kernels": ("fused",)} for name in tables}
+    plan = find_plan(with_rules(request, rules), num_rounds=100).plan
+    bytes_R = np.array([load.total_device_bytes for load in plan.ranks])
+    assert bytes_R.max() < 1.6 * bytes_R.mean(), (
+        "16 equal tables on 8 ranks: two each, at most one more beside the hot two"
+    )
+
+
+def test_column_shards_may_share_a_rank_and_a_grid_s_blocks_no_host():
+    request = random_request(num_tables=1, num_ranks=16, seed=1)
+    name = names(request)[0]
+    spec = request.tables[name].model_copy(update={"embedding_dim": 512})
+    request = request.model_copy(update={"tables": {name: spec}})
+    prepared = prepare(with_rules(request, {name: {"types": ("column_wise", "grid_shard"), "min_partition": 128}}))
+    packing, rng = Packing(prepared.problem, scale_ms=1.0, doublings=1), np.random.default_rng(0)
+    drawn = {"rank": set(), "host": set()}
+    for index, choice in enumerate(prepared.problem.units[0].choices):
+        if choice.num_blocks > 1:
+            drawn[choice.scope] |= {
+                len(set(packing.random_place(0, index, rng).places)) - choice.num_blocks for _ in range(100)
+            }
+    assert min(drawn["rank"]) < 0 and drawn["host"] == {0}

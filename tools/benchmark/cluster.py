@@ -16,9 +16,10 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from dlrm_scale.cluster import CLUSTERS, ClusterSpec, Figure, this_cluster
+from dlrm_scale.cluster import CLUSTERS, ClusterSpec, CostCoefficients, Figure, bytes_per_ms, this_cluster
 from dlrm_scale.errors import ConfigError
-from tools.benchmark.bandwidth import MIB, RANK_BYTES, Samples, measure
+from dlrm_scale.sharding.cost import plain_all_reduce_ms
+from tools.benchmark.bandwidth import MIB, RANK_BYTES, Samples, Thing, measure
 from tools.benchmark.ranks import run_on_ranks
 from tools.benchmark.timing import Spread, spread
 from tools.doctor.facts import available_bytes
@@ -143,8 +144,8 @@ def _check_out(out: Path) -> None:
 def fit(samples: Sequence[Samples], device: str, num_ranks: int, ranks_per_host: int, how: str) -> ClusterSpec:
     """The cluster whose figures make the cost model's bytes / figure the median time that was measured.
 
-    One bandwidth stands for all-to-all, reduce-scatter and all-gather together, as in the cost model: each alone may be
-    far from it. `how` names command and machine in the sources.
+    One bandwidth stands for all-to-all, reduce-scatter and all-gather together, as in TorchRec's cost model; how far each
+    is from it stands in `cost_coefficients`. `how` names command and machine in the sources.
     """
     num_hosts = num_ranks // ranks_per_host
     where = f"{how}: {len(samples[0].seconds)} rounds"
@@ -168,7 +169,28 @@ def fit(samples: Sequence[Samples], device: str, num_ranks: int, ranks_per_host:
     memory = reported.host_memory_gb
     if num_hosts > 1:
         memory = Figure(value=memory.value / num_hosts, source=f"{memory.source}, over {num_hosts} pretended hosts")
-    return reported.model_copy(update={**figures, "host_memory_gb": memory})
+    fitted = reported.model_copy(update={**figures, "host_memory_gb": memory})
+    return fitted.model_copy(update={"cost_coefficients": _collective_factors(samples, fitted)})
+
+
+def _collective_factors(samples: Sequence[Samples], cluster: ClusterSpec) -> CostCoefficients:
+    """Of each collective: the median times of its large messages, summed, over what `cluster`'s bandwidths give."""
+    factors = {}
+    for name in (*EXCHANGES, "all-reduce"):
+        used = [s for s in samples if s.thing.name == name and s.thing.num_bytes >= LARGE_BYTES]
+        if name == "all-reduce":  # the cost model knows no all-reduce within one of several hosts
+            used = [s for s in used if s.thing.of == cluster.num_ranks]
+        predicted_ms = sum(_predicted_ms(s.thing, cluster) for s in used)
+        measured_ms = sum(1e3 * spread(s.seconds).median for s in used)
+        factors[name.replace("-", "_")] = float(f"{measured_ms / predicted_ms:.3g}")
+    return CostCoefficients(**factors)
+
+
+def _predicted_ms(thing: Thing, cluster: ClusterSpec) -> float:
+    if thing.name == "all-reduce":
+        return plain_all_reduce_ms(thing.num_bytes, cluster)
+    within = thing.of == cluster.ranks_per_host
+    return thing.num_bytes / bytes_per_ms(cluster.intra_host_gb_per_s if within else cluster.inter_host_gb_per_s)
 
 
 def _figure(samples: Sequence[Samples], names: Sequence[str], of: int, where: str, over: int = 1) -> Figure:
@@ -206,6 +228,10 @@ def show(result: dict[str, Any], console: Console) -> None:
     for name, figure in result["cluster"].items():
         if name.endswith("_gb_per_s"):
             console.print(f"{name:<22} {figure['value']:g}", highlight=False)
+    factors = result["cluster"].get("cost_coefficients", {})
+    if factors:
+        said = ", ".join(f"{name.replace('_', '-')} {factor:g}" for name, factor in factors.items())
+        console.print(f"time over the exchanges' common figure: {said}", highlight=False)
     if result["load_average"] > 0.5 * len(os.sched_getaffinity(0)):
         busy = f"other work kept this machine busy (load average {result['load_average']:.1f} when it began)"
         console.print(f"note: {busy}; measure again when it is idle", highlight=False)

@@ -23,8 +23,9 @@ def exact_optimum(problem: Problem, seconds: float) -> Exact:
     """Minimises the sum over channels of the largest rank's milliseconds over all choices and places.
 
     Variables: a largest value for each channel; for each unit's choice whether it is taken; for each kind of block
-    and place how many blocks lie there. Rules on places are not modelled: the problem must have none.
+    and place how many blocks lie there. Raises ValueError: what is not modelled.
     """
+    _check_modelled(problem)
     C, R = problem.num_channels, problem.num_ranks
     builder = _Builder(C + 2, R)
     peaks = [builder.variable(cost=1.0, upper=np.inf, whole=False) for _ in range(C)]
@@ -40,6 +41,18 @@ def exact_optimum(problem: Problem, seconds: float) -> Exact:
     return builder.solve(seconds)
 
 
+def _check_modelled(problem: Problem) -> None:
+    for unit in problem.units:
+        ruled = not unit.allowed_R.all() or unit.apart_from
+        odd = [
+            c.sharding_type
+            for c in unit.choices
+            if c.places is not None or c.one_host or (c.scope == "host" and c.num_blocks > problem.num_hosts)
+        ]
+        if ruled or odd or problem.churn is not None:
+            raise ValueError(f"tables {unit.tables}: a rule on places, churn, or {odd} is not in the exact model")
+
+
 def _place(builder: "_Builder", problem: Problem, choice: Choice, taken: int) -> None:
     width = {"rank": 1, "host": problem.ranks_per_host, "all": problem.num_ranks}[choice.scope]
     num_places = problem.num_ranks // width
@@ -48,9 +61,8 @@ def _place(builder: "_Builder", problem: Problem, choice: Choice, taken: int) ->
         if num_places == 1:
             builder.add_load(demand_KW * blocks.count, 0, taken)
             continue
-        most = (
-            1 if choice.num_blocks <= num_places else blocks.count
-        )  # each block a place of its own while there are any
+        # As `Packing._allowed_now`: column shards may share a rank, the blocks of a grid no host
+        most = blocks.count if choice.scope == "rank" else 1
         counts = [builder.variable(cost=0.0, upper=most, whole=True) for _ in range(num_places)]
         builder.equals([*((v, 1.0) for v in counts), (taken, -float(blocks.count))], 0.0)
         for place, variable in enumerate(counts):

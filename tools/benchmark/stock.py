@@ -4,7 +4,6 @@ import time
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
 from torchrec.distributed.planner.partitioners import GreedyPerfPartitioner, SortBy
 from torchrec.distributed.planner.proposers import (
@@ -15,11 +14,10 @@ from torchrec.distributed.planner.proposers import (
 )
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.distributed.planner.types import ParameterConstraints, PlannerError
-from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
-from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from dlrm_scale.cluster import ClusterSpec, bytes_per_ms
 from dlrm_scale.config import SparseOptimizer
+from dlrm_scale.sharding.meta_world import bare_collections
 from dlrm_scale.sharding.plan import PlanRequest
 from dlrm_scale.sharding.sharders import make_sharders
 
@@ -64,7 +62,8 @@ def stock_plan(request: PlanRequest, setting: Setting, search_seconds: int) -> S
     started = time.monotonic()
     try:
         planner.plan(
-            bag_model(request), make_sharders(SparseOptimizer(name=request.sparse_optimizer), request.cluster.device)
+            bare_collections(request),
+            make_sharders(SparseOptimizer(name=request.sparse_optimizer), request.cluster.device),
         )
     except PlannerError:
         return StockAnswer(None, time.monotonic() - started)
@@ -74,25 +73,6 @@ def stock_plan(request: PlanRequest, setting: Setting, search_seconds: int) -> S
         for shard in option.shards:
             load_ms[shard.rank] += shard.perf.total
     return StockAnswer(max(load_ms), seconds)
-
-
-def bag_model(request: PlanRequest) -> torch.nn.Module:
-    """An EmbeddingBagCollection of the request's tables, without memory."""
-    model = torch.nn.Module()
-    model.ebc = EmbeddingBagCollection(
-        device=torch.device("meta"),
-        tables=[
-            EmbeddingBagConfig(
-                name=name,
-                num_embeddings=spec.num_embeddings,
-                embedding_dim=spec.embedding_dim,
-                feature_names=list(spec.expected_ids_by_feature),
-                pooling=PoolingType.SUM,
-            )
-            for name, spec in request.tables.items()
-        ],
-    )
-    return model
 
 
 def topology(cluster: ClusterSpec) -> Topology:

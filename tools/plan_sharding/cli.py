@@ -169,10 +169,10 @@ def _job(args: argparse.Namespace, cluster: ClusterSpec) -> Job:
 
 def _check_names(args: argparse.Namespace, request: PlanRequest) -> None:
     """Before the search, which takes seconds. Raises ConfigError: no such rank or table."""
-    last = request.cluster.num_ranks - 1
+    last = request.group.num_ranks - 1
     rank = args.dry_run_rank
     if rank not in (None, FULLEST) and not (rank.isdecimal() and int(rank) <= last):
-        raise ConfigError(f"--dry-run-rank is {rank}, but the cluster has ranks 0 to {last}; name one, or {FULLEST}")
+        raise ConfigError(f"--dry-run-rank is {rank}, but the plan has ranks 0 to {last}; name one, or {FULLEST}")
     if args.explain is not None and args.explain not in request.tables:
         near = difflib.get_close_matches(args.explain, request.tables, n=3, cutoff=0.0)
         raise ConfigError(f"--explain {args.explain}: there is no such table; the nearest names are {', '.join(near)}")

@@ -13,15 +13,13 @@ from torchrec.distributed.planner.planners import (
 )
 from torchrec.distributed.planner.types import PlannerError, Topology
 from torchrec.distributed.types import EmbeddingModuleShardingPlan, ShardingPlan
-from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, EmbeddingConfig, PoolingType
-from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
 from dlrm_scale.config import RunConfig, SparseOptimizer
 from dlrm_scale.errors import PlanError, UserError
 from dlrm_scale.models.dense_trace import trace_dense
 from dlrm_scale.models.embeddings import META, Embeddings
 from dlrm_scale.sharding.apply import ShardedModel, shard_on_meta, to_torchrec
-from dlrm_scale.sharding.meta_world import meta_world
+from dlrm_scale.sharding.meta_world import bare_collections, meta_world
 from dlrm_scale.sharding.plan import Plan, PlanRequest, TablePlan
 from dlrm_scale.sharding.problem import SCOPES
 from dlrm_scale.sharding.sharders import make_sharders
@@ -46,7 +44,12 @@ class Check:
 @dataclass(frozen=True)
 class DryRun:
     rank: int
+    group: int | None  # of replica groups, the one that it is a rank of; all are built alike
     rows: tuple[Check, ...]
+
+    @property
+    def subject(self) -> str:
+        return f"rank {self.rank}" + ("" if self.group is None else f" of replica group {self.group}")
 
     @property
     def ok(self) -> bool:
@@ -63,7 +66,7 @@ def dry_run(config: RunConfig | None, plan: Plan, rank: int) -> DryRun:
         PlanError: no such rank. ConfigError: the device has no such optimizer.
         RuntimeError: this process is a rank of a real group.
     """
-    num_ranks = plan.request.cluster.num_ranks
+    num_ranks = plan.request.group.num_ranks
     if not 0 <= rank < num_ranks:
         raise PlanError(f"the plan has ranks 0 to {num_ranks - 1}, but the dry run is asked for rank {rank}")
     optimizer = SparseOptimizer(name=plan.request.sparse_optimizer) if config is None else config.train.sparse
@@ -82,7 +85,7 @@ def dry_run(config: RunConfig | None, plan: Plan, rank: int) -> DryRun:
             rows.append(Check(f"TorchRec builds the modules of rank {rank}", "builds", said, False))
     if config is not None:
         rows += _dense_rows(plan.request, config)
-    return DryRun(rank, tuple(rows))
+    return DryRun(rank, 0 if plan.request.sharding.replica_groups > 1 else None, tuple(rows))
 
 
 def _built_rows(model: ShardedModel, plan: Plan, rank: int, optimizer: SparseOptimizer) -> list[Check]:
@@ -91,30 +94,6 @@ def _built_rows(model: ShardedModel, plan: Plan, rank: int, optimizer: SparseOpt
     for sharding in built:
         rows += _collective_rows(plan, rank, sharding)
     return rows
-
-
-def bare_collections(request: PlanRequest) -> nn.Module:
-    """`ebc` and `ec` of the request's tables, as attributes, on meta."""
-    columns: dict[str, list[dict[str, Any]]] = {"bags": [], "sequences": []}
-    for name, spec in request.tables.items():
-        columns[spec.collection].append(
-            {
-                "name": name,
-                "num_embeddings": spec.num_embeddings,
-                "embedding_dim": spec.embedding_dim,
-                "feature_names": list(spec.expected_ids_by_feature),
-                "data_type": DataType[spec.data_type.upper()],
-            }
-        )
-    bags = [
-        EmbeddingBagConfig(**table, pooling=PoolingType[request.tables[table["name"]].pooling.upper()])
-        for table in columns["bags"]
-    ]
-    sequences = [EmbeddingConfig(**table) for table in columns["sequences"]]
-    collections = nn.Module()
-    collections.ebc = EmbeddingBagCollection(bags, device=META) if bags else None
-    collections.ec = EmbeddingCollection(sequences, device=META) if sequences else None
-    return collections
 
 
 # ---------------------------------------------------------------- what was built
@@ -211,7 +190,7 @@ def _replicated_bytes(tbe: nn.Module, optimizer: SparseOptimizer) -> Counter[tup
 
 # ---------------------------------------------------------------- checks
 def _validator_rows(model: nn.Module, plan: Plan, optimizer: SparseOptimizer) -> Iterator[Check]:
-    cluster, given = plan.request.cluster, to_torchrec(plan)
+    cluster, given = plan.request.group, to_torchrec(plan)
     topology = Topology(
         world_size=cluster.num_ranks, compute_device=cluster.device, local_world_size=cluster.ranks_per_host
     )
@@ -293,7 +272,7 @@ def _collective_rows(plan: Plan, rank: int, built: BuiltSharding) -> Iterator[Ch
 
 def _predicted_exchange(plan: Plan, tables: dict[str, TablePlan]) -> tuple[list[list[str]], list[int]]:
     """By rank: the features whose ids it is sent, and the columns it sends back for a sample."""
-    features: list[list[str]] = [[] for _ in range(plan.request.cluster.num_ranks)]
+    features: list[list[str]] = [[] for _ in range(plan.request.group.num_ranks)]
     columns = [0] * len(features)
     for name, table in tables.items():
         of_table = list(plan.request.tables[name].expected_ids_by_feature)
@@ -305,7 +284,7 @@ def _predicted_exchange(plan: Plan, tables: dict[str, TablePlan]) -> tuple[list[
 
 def lists_to_rank(plan: Plan, built: BuiltSharding, input_dist: nn.Module) -> list[list[str]]:
     """Ranks of one place (a rank, a host, all) are sent the same lists, which the sharding names once."""
-    cluster, names, splits = plan.request.cluster, built.sharding.feature_names(), input_dist._dist._splits
+    cluster, names, splits = plan.request.group, built.sharding.feature_names(), input_dist._dist._splits
     ranks_of_place = {"rank": 1, "host": cluster.ranks_per_host, "all": cluster.num_ranks}[SCOPES[built.sharding_type]]
     lists, start = [], 0
     for first in range(0, cluster.num_ranks, ranks_of_place):
@@ -315,7 +294,7 @@ def lists_to_rank(plan: Plan, built: BuiltSharding, input_dist: nn.Module) -> li
 
 
 def columns_from_rank(plan: Plan, built: BuiltSharding) -> list[int]:
-    cluster, output = plan.request.cluster, built.output_dist
+    cluster, output = plan.request.group, built.output_dist
     match SCOPES[built.sharding_type]:
         case "rank":
             return list(output._dim_sum_per_rank)
@@ -338,7 +317,7 @@ def _cut_row(
     plan: Plan, label: str, tables: dict[str, TablePlan], built: BuiltSharding, input_dist: nn.Module
 ) -> Check:
     """TorchRec cuts a table's rows into buckets by itself, and sends the i-th to the i-th rank (of the host, or of all)."""
-    cluster = plan.request.cluster
+    cluster = plan.request.group
     num_buckets = cluster.num_ranks if SCOPES[built.sharding_type] == "all" else cluster.ranks_per_host
     predicted, there = {}, defaultdict(set)
     table_of = {f: name for name in tables for f in plan.request.tables[name].expected_ids_by_feature}

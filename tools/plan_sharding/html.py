@@ -7,7 +7,7 @@ from pathlib import Path
 from dlrm_scale.sharding.options import STAGES
 from dlrm_scale.sharding.plan import Plan
 from dlrm_scale.sharding.search import Found
-from tools.plan_sharding.show import ms, ranks_said
+from tools.plan_sharding.show import ms, ranks_said, replica_groups_said
 
 WIDTH, HEIGHT, GAP = 1100, 240, 0.15  # pixels; the space between bars as a part of a bar
 COLOURS = ("#4e79a7", "#a0cbe8", "#f28e2b", "#ffbe7d", "#59a14f", "#8cd17d", "#b6992d", "#e15759", "#79706e", "#d37295")
@@ -30,6 +30,7 @@ def write_html(plan: Plan, found: Found, seconds: float, path: Path) -> None:
     parts = [
         f"<h1>Sharding plan {escape(plan.fingerprint)}</h1>",
         f"<p>{len(plan.tables)} tables on {cluster.num_ranks} {cluster.device} ranks, local batch {plan.request.local_batch_size:,}.</p>",
+        f"<p>{escape(replica_groups_said(plan) or '')}</p>",
         _gap(plan, found, seconds),
         "<h2>Milliseconds a step, by rank and stage</h2>",
         _bars([[load.step_ms[s] for s in scored] for load in plan.ranks], scored, "ms", limit=None),

@@ -90,9 +90,11 @@ def plan_tables(console: Console, planned: Planned, seconds: float) -> None:
     _ranks(console, plan)
     weights = sum(t.num_embeddings * t.embedding_dim for t in plan.request.tables.values())
     objective = sharding.objective.replace("_", " ")
+    groups = replica_groups_said(plan)
     lines = [
         f"{_count(len(plan.tables), 'table')}, {weights:.4g} parameters, on {_count(cluster.num_ranks, f'{cluster.device} rank')} of "
         f"{_count(cluster.num_hosts, 'host')}",
+        *([groups] if groups else []),
         f"{_count(plan.request.local_batch_size, 'sample')} a rank and step",
         f"{objective}: {ms(plan.score_ms)} ms a step for tables",
         f"no plan can be under {ms(plan.bound_ms)} ms: this one is at most {plan.gap:.1%} above the best",
@@ -105,6 +107,16 @@ def plan_tables(console: Console, planned: Planned, seconds: float) -> None:
         lines.append(f"cut short by the time limit of {sharding.search_seconds:g} s, after {found.num_rounds} rounds")
     for line in lines:
         console.print(line, style="bold" if line.startswith(objective) else None)
+
+
+def replica_groups_said(plan: Plan) -> str | None:
+    groups, steps = plan.request.sharding.replica_groups, plan.request.sharding.replica_sync_steps
+    if groups == 1:
+        return None
+    return (
+        f"{groups} replica groups of {_count(plan.request.group.num_ranks, 'rank')} with a copy of the tables each, averaged every "
+        f"{_count(steps, 'step')}; rank r here is ranks {groups} x r to {groups} x r + {groups - 1}"
+    )
 
 
 def _tables(console: Console, plan: Plan) -> None:
@@ -135,7 +147,7 @@ def _tables(console: Console, plan: Plan) -> None:
 
 def ranks_said(plan: Plan, name: str) -> str:
     ranks = plan.tables[name].ranks
-    if len(ranks) == plan.request.cluster.num_ranks and len(ranks) > 1:
+    if len(ranks) == plan.request.group.num_ranks and len(ranks) > 1:
         return "all"
     runs: list[list[int]] = []
     for rank in sorted(ranks):
@@ -150,7 +162,9 @@ def ranks_said(plan: Plan, name: str) -> str:
 def _ranks(console: Console, plan: Plan) -> None:
     on_cpu = plan.request.cluster.device == "cpu"
     grid = Table(title="ranks, the busiest first", title_justify="left")
-    columns = ("rank", "ms", "compute", "exchange", "tables", "all") + (() if on_cpu else ("host",))
+    replicas = plan.request.sharding.replica_groups > 1
+    columns = ("rank", "ms", "compute", "exchange", *(("sync",) if replicas else ()), "tables", "all")
+    columns += () if on_cpu else ("host",)
     for column in columns:
         grid.add_column(column, justify="right")
     order = busiest(plan)
@@ -161,7 +175,9 @@ def _ranks(console: Console, plan: Plan) -> None:
         load = plan.ranks[rank]
         compute = sum(load.step_ms[s] for s in STAGES if s.endswith("compute"))
         dense = sum(b for kind, b in load.device_bytes.items() if kind.startswith("dense"))
-        cells = [str(rank), ms(_rank_ms(load)), ms(compute), ms(_rank_ms(load) - compute)]
+        sync = load.step_ms["replica_sync"]
+        cells = [str(rank), ms(_rank_ms(load)), ms(compute), ms(_rank_ms(load) - compute - sync)]
+        cells += [ms(sync)] if replicas else []
         cells += [size(load.total_device_bytes - dense), size(load.total_device_bytes)]
         grid.add_row(*cells, *([] if on_cpu else [size(sum(load.host_bytes.values()))]))
     console.print(grid)
@@ -227,7 +243,7 @@ def other_request(made_for: PlanRequest, asked: PlanRequest) -> list[str]:
     for name in type(made_for.cluster).model_fields:
         values = [getattr(request.cluster, name) for request in (made_for, asked)]
         pairs.append((f"cluster.{name}", *(getattr(value, "value", value) for value in values)))
-    for name in ("objective", "storage_reserve"):
+    for name in ("objective", "storage_reserve", "replica_sync_steps"):
         pairs.append((f"sharding.{name}", getattr(made_for.sharding, name), getattr(asked.sharding, name)))
     said = [f"{name} is {had} there, {has} here" for name, had, has in pairs if had != has]
     return said + (["its tables' ids, types or pooling differ"] if made_for.tables != asked.tables else [])
@@ -264,7 +280,7 @@ def sweep_table(console: Console, rows: list[dict[str, Any]]) -> None:
 
 
 def dry_run_table(console: Console, done: Any) -> None:
-    grid = Table(title=f"dry run of rank {done.rank}", title_justify="left")
+    grid = Table(title=f"dry run of {done.subject}", title_justify="left")
     for column in ("check", "predicted", "built", ""):
         grid.add_column(column, overflow="fold")
     wrong = [row for row in done.rows if not row.ok]
@@ -278,7 +294,9 @@ def dry_run_table(console: Console, done: Any) -> None:
 
 
 def next_step(console: Console, args: argparse.Namespace, job: Job) -> None:
-    if args.out and job.config is not None:
+    if args.out and job.config is not None and job.request.sharding.replica_groups > 1:
+        said = "next: the trainer does not run replica groups yet, and refuses this plan; it is for TorchRec's DMPCollection"
+    elif args.out and job.config is not None:
         said = _launch(args, job)
     elif args.html:
         said = f"next: open {args.html} in a browser"
