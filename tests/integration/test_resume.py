@@ -13,7 +13,13 @@ from tests.support.configs import TINY
 from tests.support.launch import ROOT, Outcome, launch, launch_command
 from tools.checkpoint.cli import main as checkpoint_tool
 
-JOB = ("train.max_steps=120", "checkpoint.every_steps=20", "checkpoint.keep_last=9", "eval.every_steps=50")
+JOB = (
+    "data.source.num_train=8000",
+    "train.max_steps=120",
+    "checkpoint.every_steps=20",
+    "checkpoint.keep_last=9",
+    "eval.every_steps=50",
+)
 pytestmark = pytest.mark.timeout(300)  # the fixtures are three jobs
 TREE = TINY | {"model": TINY["model"] | {"dropout": 0.2}}
 
