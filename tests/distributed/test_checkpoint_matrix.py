@@ -52,7 +52,7 @@ def check_matrix(pools, tmp_path, optimizer: str, save_on: tuple[int, ...], load
             assert {path: faults for path, faults in wrong.items() if faults} == {}, f"loaded as {name}"
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_every_plan_loads_what_every_plan_saved(pools, tmp_path):
     """By row-wise Adagrad, whose state changes shape with the columns' cuts."""
     check_matrix(pools, tmp_path, "rowwise_adagrad", save_on=(1, 2, 4), load_on=(1, 2, 4))

@@ -13,7 +13,14 @@ from tests.support.configs import TINY
 from tests.support.launch import ROOT, Outcome, launch, launch_command
 from tools.checkpoint.cli import main as checkpoint_tool
 
-JOB = ("train.max_steps=120", "checkpoint.every_steps=20", "checkpoint.keep_last=9", "eval.every_steps=50")
+JOB = (
+    "data.source.num_train=8000",
+    "train.max_steps=120",
+    "checkpoint.every_steps=20",
+    "checkpoint.keep_last=9",
+    "eval.every_steps=50",
+)
+pytestmark = pytest.mark.timeout(300)  # the fixtures are three jobs
 TREE = TINY | {"model": TINY["model"] | {"dropout": 0.2}}
 
 
@@ -41,12 +48,17 @@ def killed_after(folder: Path, step: int, rank: int) -> subprocess.Popen:
     command, environment = launch_command(folder, *JOB, tree=TREE)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     job = subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
-    deadline = time.monotonic() + 90
-    while not (folder / "run" / "checkpoints" / f"step_{step}").exists():
-        assert time.monotonic() < deadline and job.poll() is None, job.communicate()
-        time.sleep(0.01)
-    os.kill(rank_process(folder / "config.yaml", rank), signal.SIGKILL)
-    job.communicate(timeout=90)
+    try:
+        deadline = time.monotonic() + 90
+        while not (folder / "run" / "checkpoints" / f"step_{step}").exists():
+            assert time.monotonic() < deadline and job.poll() is None, "the job did not come that far"
+            time.sleep(0.01)
+        os.kill(rank_process(folder / "config.yaml", rank), signal.SIGKILL)
+        job.communicate(timeout=90)
+    finally:
+        if job.poll() is None:
+            job.terminate()  # the launcher ends its ranks
+            job.communicate(timeout=30)
     return job
 
 

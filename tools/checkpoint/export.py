@@ -23,10 +23,10 @@ def export(path: str, manifest: Manifest, files: Files, output: Path) -> dict[st
     saved = saved_tensors(path, files)
     written: dict[str, int] = {}
 
-    def read(key: str) -> torch.Tensor:
-        tensor = torch.empty(saved[key].size, dtype=saved[key].dtype)
-        read_parts(path, [Part.whole(key, tensor)], files)
-        return tensor
+    def read(keys: list[str]) -> dict[str, torch.Tensor]:
+        tensors = {key: torch.empty(saved[key].size, dtype=saved[key].dtype) for key in keys}
+        read_parts(path, [Part.whole(key, tensor) for key, tensor in tensors.items()], files)
+        return tensors
 
     def write(name: str, value: object) -> None:
         torch.save(value, output / name)
@@ -34,8 +34,9 @@ def export(path: str, manifest: Manifest, files: Files, output: Path) -> dict[st
 
     for key in sorted(saved):
         if key.startswith("tables/") and key.endswith("/weight"):
-            write(f"table_{key.split('/')[1]}.pt", read(key))
-    write("dense.pt", {key.removeprefix("dense/"): read(key) for key in sorted(saved) if key.startswith("dense/")})
+            write(f"table_{key.split('/')[1]}.pt", read([key])[key])
+    dense = read(sorted(key for key in saved if key.startswith("dense/")))
+    write("dense.pt", {key.removeprefix("dense/"): tensor for key, tensor in dense.items()})
     config = parse_config(manifest.config, path)
     (output / "config.yaml").write_text(dump_config(config))
     written["config.yaml"] = (output / "config.yaml").stat().st_size
