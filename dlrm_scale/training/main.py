@@ -62,7 +62,9 @@ def main(argv: list[str] | None = None) -> int:
     except RuntimeError as e:
         if any(lost in str(e) for lost in LOST_PEER):
             why = str(e).splitlines()[0]
-            return _tell(LostPeerError(f"lost the connection to another rank ({why}); its own error says why"), preemption)
+            return _tell(
+                LostPeerError(f"lost the connection to another rank ({why}); its own error says why"), preemption
+            )
         return _crashed()
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
