@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from itertools import chain
+from itertools import chain, islice
 
 import numpy as np
 
@@ -20,11 +20,12 @@ from dlrm_scale.sharding.problem import Problem, Unit
 from dlrm_scale.sharding.swaps import movable, swap_down
 from dlrm_scale.sharding.torchrec_plans import torchrec_plans
 
-TARGETS = (1.0, 1.03, 1.08, 1.15, 1.3, 1.6, 2.0, 3.0)  # times the bound
+TARGETS = (1.0, 1.03, 1.08, 1.15, 1.3, 1.6, 2.0, 3.0, math.inf)  # times the bound
 MORE_WHILE_TOO_FULL = 8  # times the rounds, as long as nothing fits
 BYTES_WEIGHT = 0.03  # of balanced memory, once a plan fits
 SHORT_OF_MEMORY = 0.7  # part of all ranks' memory, taken by the cheapest choices, from which on packing it needs care
-MEMORY_PARTS = (0.98, 0.95, 0.9)
+MEMORY_PARTS = (0.97, 0.95, 0.93, 0.9)
+MOST_STARTED, LEAST_STARTS = 36_000, 8  # units in all our own starts; a start of many takes long
 COMMON_PARTS = (0.0, 0.25, 0.5, 0.75)
 MOST_LEGS = 6  # starts to improve; few for many units, whose rounds take longer and whose starts are nearer
 CLOSE_ENOUGH = 1e-3  # a gap not worth searching on
@@ -37,7 +38,6 @@ FORCED_FIRST, FORCED = 0.5, 0.05  # part of the units put back, first and later,
 STALE_ROUNDS, STALE_PART = 300, 0.5  # rounds, at least and as a part of a leg's, without a gain of note that end it
 STALE_GAIN = 1e-4
 MOST_SWAPS = 4  # in a round
-MOST_SWAPPED_UNITS = 600  # with more, a round of taking out and putting back finds as much sooner
 LEVEL_FAILURES, LEVEL_GAIN = 60, 1e-6  # tries in a row that end the levelling of memory; part of the norm that counts
 FITS = 1e-12  # overflow below this is rounding
 
@@ -170,15 +170,25 @@ class Search:
             (f"target x{t:g}", self._fits_N & (totals.worst_ms_N <= t * self.bound.ms), self.bound.price_3)
             for t in TARGETS
         )
-        for name, allowed_N, price_3 in chain(on_target, self._less_memory(), self._common_loads()):
-            yield name, cheapest_choices(totals, allowed_N, price_3)
+        most = max(LEAST_STARTS, MOST_STARTED // len(self.problem.units))
+        for name, allowed_N, price_3 in islice(chain(self._less_memory(), on_target, self._common_loads()), most):
+            chosen = cheapest_choices(totals, allowed_N, price_3)
+            if self._is_short_of_memory:
+                chosen = cheapest_choices(totals, allowed_N & self._fits_beside(chosen), price_3)
+            yield name, chosen
+
+    def _fits_beside(self, chosen: np.ndarray) -> np.ndarray:
+        """(N,) bool: what lies on a rank or host has room there beside what of `chosen` lies on all of them."""
+        on_all_N = self.totals.common_ms_N > 0
+        common_bytes = self.totals.worst_bytes_N2[chosen[on_all_N[chosen]]].sum(axis=0)
+        return on_all_N | (self.totals.worst_bytes_N2 <= self.problem.capacity - common_bytes).all(axis=1)
 
     def _less_memory(self) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
         """As if ranks had less memory, so that blocks still fit when what is left of it is scattered."""
-        for part in MEMORY_PARTS if self._is_short_of_memory else ():
-            smaller = replace(self.problem, capacity=self.problem.capacity * part)
-            for target in (*TARGETS, math.inf):
-                allowed_N = self._fits_N & (self.totals.worst_ms_N <= target * self.bound.ms)
+        for target in TARGETS if self._is_short_of_memory else ():
+            allowed_N = self._fits_N & (self.totals.worst_ms_N <= target * self.bound.ms)
+            for part in MEMORY_PARTS:
+                smaller = replace(self.problem, capacity=self.problem.capacity * part)
                 value, price_3 = best_mean(smaller, self.totals, allowed_N)
                 if value < math.inf:
                     yield f"target x{target:g}, memory x{part:g}", allowed_N, price_3
@@ -274,7 +284,7 @@ class Search:
         return placed
 
     def _swap(self, packing: Packing) -> None:
-        if self.problem.churn is None and len(self.problem.units) <= MOST_SWAPPED_UNITS:
+        if self.problem.churn is None:
             swap_down(packing, MOST_SWAPS, self._movable_U)
 
     def _level_memory(self) -> None:

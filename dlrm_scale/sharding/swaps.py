@@ -10,6 +10,7 @@ from dlrm_scale.sharding.packing import Packing, Placed, in_order
 from dlrm_scale.sharding.problem import Scope, Unit
 
 MOST_AT_A_PLACE = 12  # blocks: with more, on the average, pairs of them are not tried
+MOST_PAIRED = 2000  # blocks
 LEAST_GAIN = 1e-9  # of the smooth score
 
 
@@ -88,7 +89,7 @@ def _sets(blocks: _Blocks, num_places: int) -> tuple[np.ndarray, np.ndarray, np.
     """First and second block of each set (B,), -1 where it has none; what it takes (K, B, W), and its place (B,)."""
     place_A, num_blocks = blocks.place_A, len(blocks.place_A)
     firsts, seconds = [np.full(num_places, -1), np.arange(num_blocks)], [np.full(num_places + num_blocks, -1)]
-    if num_blocks <= MOST_AT_A_PLACE * num_places:
+    if num_blocks <= min(MOST_PAIRED, MOST_AT_A_PLACE * num_places):
         for apart in range(1, MOST_AT_A_PLACE):
             first = np.flatnonzero(place_A[apart:] == place_A[:-apart])
             firsts.append(first)
