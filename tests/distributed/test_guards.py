@@ -100,7 +100,7 @@ def trained(
         return state_of(model, optimizer), [], []
     found: list[NonFinite] = []
     tables = model.module.embeddings
-    parameters = [*optimizer.dense_parameters, *optimizer.replicated_parameters]
+    parameters = [*optimizer.dense_parameters, *optimizer.replicated_tables.values()]
     guard = Guard([tables.ebc, tables.ec], parameters, found.append)
     runner = PIPELINES[pipeline](model, optimizer, model.device)
     runner._backward = guard.backward
