@@ -107,7 +107,7 @@ class Guard:
         """What is not finite anywhere. One all-reduce of two numbers, and more only where something is."""
         own = {LOSS: [self.loss], LOOKUPS: lookup_gradients}
         averaged = {DENSE: [p.grad for p in self.parameters if p.grad is not None]}  # the same on every rank
-        own_bad, all_bad = (torch.stack([_any_bad(t, self.loss) for t in p.values()]) for p in (own, averaged))
+        own_bad, all_bad = (torch.stack([any_bad(t, self.loss) for t in p.values()]) for p in (own, averaged))
         flags = torch.stack([own_bad.any(), all_bad.any()]).float()
         dist.all_reduce(flags, op=dist.ReduceOp.MAX)
         seen_by_someone, in_averaged = flags.tolist()
@@ -149,11 +149,12 @@ class Guard:
         setattr(output, name, cut)
 
 
-def _any_bad(tensors: list[Tensor], like: Tensor) -> Tensor:
+def any_bad(tensors: list[Tensor], like: Tensor) -> Tensor:
     """A bool scalar on `like`'s device, without a wait for it. The largest magnitude is not finite if any element is not."""
-    largest = torch._foreach_norm([t for t in tensors if t.numel()], float("inf"))
-    if not largest:
+    tensors = [t for t in tensors if t.numel()]  # a batch without ids has empty ones
+    if not tensors:
         return torch.zeros((), dtype=torch.bool, device=like.device)
+    largest = torch._foreach_norm(tensors, float("inf"))
     return ~torch.isfinite(torch.stack([norm.float() for norm in largest])).all()
 
 
