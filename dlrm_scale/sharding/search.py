@@ -25,8 +25,8 @@ MORE_WHILE_TOO_FULL = 8  # times the rounds, as long as nothing fits
 BYTES_WEIGHT = 0.03  # of balanced memory, once a plan fits
 SHORT_OF_MEMORY = 0.7  # part of all ranks' memory, taken by the cheapest choices, from which on packing it needs care
 MEMORY_PARTS = (0.97, 0.95, 0.93, 0.9)
-MOST_STARTED, LEAST_STARTS = 36_000, 8  # units in all our own starts; a start of many takes long
-COMMON_PARTS = (0.0, 0.25, 0.5, 0.75)
+MOST_STARTED, LEAST_STARTS = 24_000, 8  # units in all our own starts; a start of many takes long
+COMMON_PARTS = (0.75, 0.5, 0.25, 0.0)
 MOST_LEGS = 6  # starts to improve; few for many units, whose rounds take longer and whose starts are nearer
 CLOSE_ENOUGH = 1e-3  # a gap not worth searching on
 MOST_SLACK = 0.04  # how much worse than the best a plan may be to go on from, at first
@@ -138,7 +138,8 @@ class Search:
         if (previous := self._previous()) is not None:
             yield "the plan to stay close to", self._packing(previous)
         seen: set[bytes] = set()
-        for name, chosen in chain(self._priced(), [("all open", None)]):
+        most = max(LEAST_STARTS, MOST_STARTED // len(self.problem.units))
+        for name, chosen in islice(chain(self._priced(), [("all open", None)]), most):
             if self._over():
                 break
             key = b"" if chosen is None else chosen.tobytes()
@@ -170,8 +171,7 @@ class Search:
             (f"target x{t:g}", self._fits_N & (totals.worst_ms_N <= t * self.bound.ms), self.bound.price_3)
             for t in TARGETS
         )
-        most = max(LEAST_STARTS, MOST_STARTED // len(self.problem.units))
-        for name, allowed_N, price_3 in islice(chain(self._less_memory(), on_target, self._common_loads()), most):
+        for name, allowed_N, price_3 in chain(self._less_memory(), self._common_loads(), on_target):
             chosen = cheapest_choices(totals, allowed_N, price_3)
             if self._is_short_of_memory:
                 chosen = cheapest_choices(totals, allowed_N & self._fits_beside(chosen), price_3)
@@ -197,8 +197,8 @@ class Search:
         """Less than the cheapest load on all ranks, so that what is large on one rank has room beside it."""
         totals = self.totals
         common_ms = float(totals.common_ms_N[self._cheapest_U].sum())
-        for part in COMMON_PARTS if common_ms > CLOSE_ENOUGH * self.bound.ms else ():
-            for target in TARGETS[:3]:
+        for target in TARGETS[:3] if common_ms > CLOSE_ENOUGH * self.bound.ms else ():
+            for part in COMMON_PARTS:
                 room_ms = target * self.bound.ms - part * common_ms
                 allowed_N = self._fits_N & ((totals.worst_ms_N <= room_ms) | (totals.common_ms_N > 0))
                 value, price_3 = best_mean(self.problem, totals, allowed_N, common_ms=max(part * common_ms, 1e-9))
