@@ -11,6 +11,9 @@ LANES := $(wildcard tests/unit tests/contract tests/distributed tests/integratio
 PYTHON ?= $(shell for p in python3.11 python3 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null && echo $$p && break; done)
 
+# With it set, every process of a launch would compile torch anew: 15 s of CPU each.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: help install quickstart test doctor clean
 
 help:
