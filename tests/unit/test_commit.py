@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dlrm_scale.checkpoint import phases
+from dlrm_scale.checkpoint import phases, tensors
 from dlrm_scale.checkpoint.choose import choose
 from dlrm_scale.checkpoint.commit import CheckpointFolder
 from dlrm_scale.checkpoint.files import Files
@@ -36,7 +36,7 @@ class Run:
         self.saver = Saver(self.folder, config, 0, self.told.append)
         self.weight = torch.zeros(100, 3)
 
-    def save(self, step: int) -> None:
+    def save(self, step: int, values: torch.Tensor | None = None) -> None:
         def describe(notes, files):
             return Manifest(
                 format=FORMAT,
@@ -54,7 +54,7 @@ class Run:
                 files=files,
             )
 
-        self.weight.fill_(step)
+        self.weight.copy_(torch.full((100, 3), float(step)) if values is None else values)
         self.saver.save(step, [Part.whole("tables/t/weight", self.weight)], 10 * step, describe)
 
     def value(self, step: int) -> torch.Tensor:
@@ -132,6 +132,19 @@ def test_an_asynchronous_save_holds_the_state_of_its_step(tmp_path):
     plain.save(7)
     sums = [r.folder.manifest(7).files["__0_0.distcp"] for r in (run, plain)]
     assert sums[0] == sums[1]
+
+
+@pytest.mark.parametrize(
+    ("row", "column", "rows", "columns"), [(0, 0, 100, 3), (37, 1, 41, 2), (99, 2, 1, 1), (5, 0, 0, 3)]
+)
+def test_a_tensor_saved_in_pieces_is_read_in_any_rectangle(run, monkeypatch, row, column, rows, columns):
+    monkeypatch.setattr(tensors, "PIECE_BYTES", 7 * 3 * 4)
+    values = torch.arange(300.0).reshape(100, 3)
+    assert len(list(tensors.pieces(Part.whole("tables/t/weight", values)))) == 15
+    run.save(1, values)
+    read = torch.full((rows, columns), -1.0)
+    read_parts(run.folder.path_of(1), [Part("tables/t/weight", (100, 3), (row, column), read)], run.folder.files)
+    assert torch.equal(read, values[row : row + rows, column : column + columns])
 
 
 def damage(run: Run, step: int, how: str) -> str:
