@@ -211,12 +211,12 @@ class Poisoned(TrainReader):
 
     bad: tuple[int, ...] = ()
 
-    def batches(self):
+    def batches(self, samples_consumed=0):
         from contextlib import contextmanager
 
         @contextmanager
         def poisoned():
-            with super(Poisoned, self).batches() as stream:
+            with super(Poisoned, self).batches(samples_consumed) as stream:
                 yield self._poison(stream)
 
         return poisoned()
