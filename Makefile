@@ -14,11 +14,12 @@ PYTHON ?= $(shell for p in python3.11 python3 python; do \
 # With it set, every process of a launch would compile torch anew: 15 s of CPU each.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help install quickstart test doctor clean
+.PHONY: help install quickstart test chaos doctor clean
 
 help:
 	@echo "make quickstart   train InterFormer on synthetic data, on every GPU or else on 2 CPU ranks"
 	@echo "make test         lint, then every test lane"
+	@echo "make chaos        kill, freeze and damage real jobs, and compare how they end with an unbroken one"
 	@echo "make doctor       check this machine and the install; prints what mends a fault"
 	@echo "make install      only set up $(VENV) (the targets above do it too)"
 	@echo "make clean        remove $(VENV) and caches; runs/ and prepared/ stay"
@@ -34,6 +35,9 @@ test: $(STAMP)
 	$(PY) -m ruff format --check .
 	@for lane in $(LANES); do echo "== $$lane"; \
 		$(PY) -m pytest $$lane $$([ $$lane = tests/unit ] && echo "-n auto") || exit 1; done
+
+chaos: $(STAMP)
+	$(PY) -m tools.chaos
 
 # Must also run on an install that is broken or missing.
 doctor:
