@@ -32,6 +32,7 @@ MOST_LEGS, UNITS_IN_LEGS = (
     400,
 )  # starts to improve; few for many units, whose rounds take longer and whose starts are nearer
 CLOSE_ENOUGH = 1e-3  # a gap not worth searching on
+CLOSE_START = 5e-3  # one after which no more of our own starts are tried
 MOST_SLACK = 0.04  # how much worse than the best a plan may be to go on from, at first
 JUDGE_DOUBLINGS = 4  # plans are compared by the 16-norm
 INSERT_DOUBLINGS = (1, 7)  # and units put back by one drawn anew each round: from nearly the mean to nearly the maximum
@@ -143,7 +144,7 @@ class Search:
         seen: set[bytes] = set()
         most = max(LEAST_STARTS, MOST_STARTED // len(self.problem.units))
         for name, chosen in islice(chain(self._priced(), [("all open", None)]), most):
-            if self._over():
+            if self._over() or (self.found.fits and self.found.score_ms <= self.bound.ms * (1 + CLOSE_START)):
                 break
             key = b"" if chosen is None else chosen.tobytes()
             if key in seen:
