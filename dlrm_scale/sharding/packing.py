@@ -292,21 +292,29 @@ class Packing:
             return int(self.over_R.argmax())
         return int(self.use_KR[: self.problem.num_channels].sum(axis=0).argmax())
 
-    def cost_of_shift(self, place: int, others_J: np.ndarray, shift_KIJW: np.ndarray) -> np.ndarray:
-        """(I, J) what the smooth score rises by, to first order, when the ranks of `place` get `shift_KIJW` more and those of `others_J`
+    def pressing_rows(self) -> slice:
+        """The quantities that the pressed rank has too much of: bytes of a tier, or milliseconds."""
+        C = self.problem.num_channels
+        if not self.over_R.max() > 0:
+            return slice(0, C)
+        over_2 = self.use_KR[C:, self.pressed_rank()] - self.problem.capacity
+        tier = C + int((over_2 / np.maximum(self.problem.capacity, 1.0)).argmax())
+        return slice(tier, tier + 1)
+
+    def cost_of_shift(self, place: int, others_M: np.ndarray, shift_KMW: np.ndarray) -> np.ndarray:
+        """(M,) what the smooth score rises by, to first order, when the ranks of `place` get `shift_KMW` more and those of `others_M`
         that much less; places are ranks or hosts, as W says."""
-        C, S, W = self.problem.num_channels, self.num_rows, shift_KIJW.shape[3]
+        C, S, W = self.problem.num_channels, self.num_rows, shift_KMW.shape[2]
         use_KPW, powers_SPW = self.use_KR.reshape(C + 2, -1, W), self._powers_SR.reshape(S, -1, W)
-        here_KIJW = use_KPW[:, place, None, None] + shift_KIJW
-        there_KIJW = use_KPW[:, None, others_J] - shift_KIJW
-        before_SJ = (powers_SPW[:, place, None] + powers_SPW[:, others_J]).sum(axis=2)
-        added_SIJ = (self._raise(here_KIJW[:S]) + self._raise(there_KIJW[:S])).sum(axis=3) - before_SJ[:, None]
-        cost_IJ = np.einsum("sij,s->ij", added_SIJ, self._slope_S())
+        here_KMW, there_KMW = use_KPW[:, place, None] + shift_KMW, use_KPW[:, others_M] - shift_KMW
+        before_SM = (powers_SPW[:, place, None] + powers_SPW[:, others_M]).sum(axis=2)
+        added_SM = (self._raise(here_KMW[:S]) + self._raise(there_KMW[:S])).sum(axis=2) - before_SM
+        cost_M = self._slope_S() @ added_SM
         if self.problem.may_overflow:
             over_PW = self.over_R.reshape(-1, W)
-            over_IJW = sum(self._over(k[C:].reshape(2, -1)).reshape(k.shape[1:]) for k in (here_KIJW, there_KIJW))
-            cost_IJ += OVERFLOW_WEIGHT * (over_IJW - over_PW[place] - over_PW[others_J]).sum(axis=2)
-        return cost_IJ
+            over_MW = sum(self._over(k[C:].reshape(2, -1)).reshape(-1, W) for k in (here_KMW, there_KMW))
+            cost_M += OVERFLOW_WEIGHT * (over_MW - over_PW[place] - over_PW[others_M]).sum(axis=1)
+        return cost_M
 
     def _slope_S(self) -> np.ndarray:
         """What the smooth score rises by for each unit that a sum of powers rises by."""

@@ -27,8 +27,12 @@ SHORT_OF_MEMORY = 0.7  # part of all ranks' memory, taken by the cheapest choice
 MEMORY_PARTS = (0.97, 0.95, 0.93, 0.9)
 MOST_STARTED, LEAST_STARTS = 24_000, 8  # units in all our own starts; a start of many takes long
 COMMON_PARTS = (0.75, 0.5, 0.25, 0.0)
-MOST_LEGS = 6  # starts to improve; few for many units, whose rounds take longer and whose starts are nearer
+MOST_LEGS, UNITS_IN_LEGS = (
+    6,
+    400,
+)  # starts to improve; few for many units, whose rounds take longer and whose starts are nearer
 CLOSE_ENOUGH = 1e-3  # a gap not worth searching on
+CLOSE_START = 5e-3  # one after which no more of our own starts are tried
 MOST_SLACK = 0.04  # how much worse than the best a plan may be to go on from, at first
 JUDGE_DOUBLINGS = 4  # plans are compared by the 16-norm
 INSERT_DOUBLINGS = (1, 7)  # and units put back by one drawn anew each round: from nearly the mean to nearly the maximum
@@ -37,7 +41,7 @@ NUM_RETURNS = 8  # times that a descent goes back to its best plan
 FORCED_FIRST, FORCED = 0.5, 0.05  # part of the units put back, first and later, whose choice is drawn
 STALE_ROUNDS, STALE_PART = 300, 0.5  # rounds, at least and as a part of a leg's, without a gain of note that end it
 STALE_GAIN = 1e-4
-MOST_SWAPS = 4  # in a round
+MOST_SWAPS, SWAPPED_SLACK = 4, 0.01  # in a round; how much worse than what is gone on from a plan may be to be swapped
 LEVEL_FAILURES, LEVEL_GAIN = 60, 1e-6  # tries in a row that end the levelling of memory; part of the norm that counts
 FITS = 1e-12  # overflow below this is rounding
 
@@ -100,7 +104,7 @@ class Search:
             return self.found
         # What does not fit by little may still be the better start; but the one that comes nearest to fitting is tried too.
         packings.sort(key=lambda entry: entry[:2])
-        legs = packings[: int(np.clip(200 // len(self.problem.units), 1, MOST_LEGS))]
+        legs = packings[: int(np.clip(UNITS_IN_LEGS // len(self.problem.units), 1, MOST_LEGS))]
         nearest = min(packings, key=lambda entry: (entry[-1].overflow, entry[:2]))
         if not self.found.fits and nearest not in legs:
             legs = [nearest, *legs[: MOST_LEGS - 1]]
@@ -140,7 +144,7 @@ class Search:
         seen: set[bytes] = set()
         most = max(LEAST_STARTS, MOST_STARTED // len(self.problem.units))
         for name, chosen in islice(chain(self._priced(), [("all open", None)]), most):
-            if self._over():
+            if self._over() or (self.found.fits and self.found.score_ms <= self.bound.ms * (1 + CLOSE_START)):
                 break
             key = b"" if chosen is None else chosen.tobytes()
             if key in seen:
@@ -257,11 +261,11 @@ class Search:
                 packing.become(least_placed)
                 at_least = True
             saved, before = packing.save(), list(packing.placed)
+            smooth = math.inf
             if self._reinsert(packing, self._neighbourhood(packing)):
-                self._swap(packing)
+                if packing.smooth <= least * (1 + slack + SWAPPED_SLACK):
+                    self._swap(packing)
                 smooth = packing.smooth
-            else:
-                smooth = math.inf
             if smooth <= least * (1 + slack):
                 at_least = smooth <= least
                 if smooth < least:

@@ -1,7 +1,7 @@
 """Swaps of single blocks between ranks, or hosts: what taking out whole units and putting them back finds only by chance."""
 
 # K quantities  S balanced quantities  W ranks of a block (1, or a host's)  A blocks of one scope  P places: ranks or hosts
-# B sets of blocks at one place: one, two, or none  I of the pressed place  J of others
+# B sets of blocks at one place: one, two, or none  I of the pressed place  J of others  M exchanges
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,13 +37,15 @@ def _swap_once(packing: Packing, movable_U: list[bool], scope: Scope) -> bool:
     at_I, at_J = np.flatnonzero(place_B == pressed), np.flatnonzero(place_B != pressed)
     if not len(at_J):
         return False
-    shift_KIJW = demand_KBW[:, None, at_J] - demand_KBW[:, at_I, None]
-    cost_IJ = packing.cost_of_shift(pressed, place_B[at_J], shift_KIJW)
-    i, j = np.unravel_index(cost_IJ.argmin(), cost_IJ.shape)
-    if cost_IJ[i, j] >= -LEAST_GAIN:
+    at_I, at_J = _relieving(packing, demand_KBW, place_B, at_I, at_J)
+    if not len(at_I):
+        return False
+    cost_M = packing.cost_of_shift(pressed, place_B[at_J], demand_KBW[:, at_J] - demand_KBW[:, at_I])
+    best = int(cost_M.argmin())
+    if cost_M[best] >= -LEAST_GAIN:
         return False
     moved: dict[int, dict[int, int]] = {}  # unit -> index of its block -> new place
-    for at, place in ((at_I[i], int(place_B[at_J[j]])), (at_J[j], pressed)):
+    for at, place in ((at_I[best], int(place_B[at_J[best]])), (at_J[best], pressed)):
         for block in (first_B[at], second_B[at]):
             if block >= 0:
                 moved.setdefault(int(blocks.unit_A[block]), {})[int(blocks.index_A[block])] = place
@@ -53,6 +55,22 @@ def _swap_once(packing: Packing, movable_U: list[bool], scope: Scope) -> bool:
         choice = packing.problem.units[unit].choices[placed.choice]
         packing.put(unit, Placed(placed.choice, in_order(choice, places)))
     return True
+
+
+def _relieving(
+    packing: Packing, demand_KBW: np.ndarray, place_B: np.ndarray, at_I: np.ndarray, at_J: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """(M,) sets of the pressed place and (M,) of others whose exchange leaves both below what presses the pressed one now."""
+    width = demand_KBW.shape[2]
+    rows = packing.pressing_rows()
+    use_PW = packing.use_KR[rows].sum(axis=0).reshape(-1, width)
+    demand_BW = demand_KBW[rows].sum(axis=0)
+    here_W, there_JW = use_PW[place_B[at_I[0]]], use_PW[place_B[at_J]]
+    shift_IJW = demand_BW[at_J] - demand_BW[at_I, None]
+    limit = here_W.max() * (1 - LEAST_GAIN)
+    good_IJ = ((here_W + shift_IJW).max(axis=2) < limit) & ((there_JW - shift_IJW).max(axis=2) < limit)
+    i, j = np.nonzero(good_IJ)
+    return at_I[i], at_J[j]
 
 
 @dataclass(frozen=True)
