@@ -31,7 +31,7 @@ MOST_LEGS, UNITS_IN_LEGS = (
     6,
     400,
 )  # starts to improve; few for many units, whose rounds take longer and whose starts are nearer
-CLOSE_ENOUGH = 1e-3  # a gap not worth searching on
+CLOSE_ENOUGH = 2e-3  # a gap not worth searching on
 CLOSE_START = 5e-3  # one after which no more of our own starts are tried
 MOST_SLACK = 0.04  # how much worse than the best a plan may be to go on from, at first
 JUDGE_DOUBLINGS = 4  # plans are compared by the 16-norm
@@ -41,7 +41,7 @@ NUM_RETURNS = 8  # times that a descent goes back to its best plan
 FORCED_FIRST, FORCED = 0.5, 0.05  # part of the units put back, first and later, whose choice is drawn
 STALE_ROUNDS, STALE_PART = 300, 0.5  # rounds, at least and as a part of a leg's, without a gain of note that end it
 STALE_GAIN = 1e-4
-MOST_SWAPS, SWAPPED_SLACK = 4, 0.01  # in a round; how much worse than what is gone on from a plan may be to be swapped
+MOST_SWAPS = 4  # in a round
 LEVEL_FAILURES, LEVEL_GAIN = 60, 1e-6  # tries in a row that end the levelling of memory; part of the norm that counts
 FITS = 1e-12  # overflow below this is rounding
 
@@ -263,7 +263,7 @@ class Search:
             saved, before = packing.save(), list(packing.placed)
             smooth = math.inf
             if self._reinsert(packing, self._neighbourhood(packing)):
-                if packing.smooth <= least * (1 + slack + SWAPPED_SLACK):
+                if packing.smooth <= least * (1 + slack):
                     self._swap(packing)
                 smooth = packing.smooth
             if smooth <= least * (1 + slack):

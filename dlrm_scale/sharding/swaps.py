@@ -84,12 +84,12 @@ class _Blocks:
 
 
 def _blocks(packing: Packing, movable_U: list[bool], scope: Scope) -> _Blocks | None:
+    # The blocks of a grid stay on hosts of their own, those of table_column_wise on one
+    kinds = ("table_wise", "column_wise") if scope == "rank" else ("table_row_wise", "grid_shard")
     units, places, demands = [], [], []
     for unit, placed in enumerate(packing.placed):
         choice = packing.problem.units[unit].choices[placed.choice]
-        # The blocks of a grid stay on hosts of their own, those of table_column_wise on one
-        tied = choice.one_host or (scope == "host" and len(placed.places) > 1)
-        if movable_U[unit] and choice.scope == scope and not tied:
+        if choice.sharding_type in kinds and movable_U[unit] and (scope == "rank" or len(placed.places) == 1):
             units.append(unit)
             places.append(placed.places)
             demands.append(choice.demand_NKW)
@@ -97,7 +97,7 @@ def _blocks(packing: Packing, movable_U: list[bool], scope: Scope) -> _Blocks | 
         return None
     counts = [len(of_unit) for of_unit in places]
     place_A = np.concatenate(places)
-    index_A = np.concatenate([np.arange(count) for count in counts])
+    index_A = np.arange(len(place_A)) - np.repeat(np.cumsum(counts) - counts, counts)
     order = np.argsort(place_A, kind="stable")
     demand_KAW = np.concatenate(demands).transpose(1, 0, 2)[:, order]
     return _Blocks(np.repeat(units, counts)[order], index_A[order], place_A[order], demand_KAW)
