@@ -17,15 +17,17 @@ from functools import partial
 from types import FrameType
 from typing import Any
 
-from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerState
-from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
-from torch.distributed.elastic.rendezvous import RendezvousError
-from torch.distributed.launcher import api
-from torch.distributed.run import parse_args, run
-
 from dlrm_scale.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_RESUME, EXIT_USAGE
+from dlrm_scale.libraries import loading_libraries
+
+with loading_libraries():
+    from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerState
+    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+    from torch.distributed.elastic.rendezvous import RendezvousError
+    from torch.distributed.launcher import api
+    from torch.distributed.run import parse_args, run
 
 FINAL = (
     EXIT_FAILED,

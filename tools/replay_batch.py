@@ -8,17 +8,19 @@ import json
 import sys
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
-
 from dlrm_scale.config import RunConfig
 from dlrm_scale.config_io import fingerprint, load_config, parse_config
-from dlrm_scale.data.batch import RecBatch
 from dlrm_scale.errors import DataError, UserError
-from dlrm_scale.models.ranking_model import RankingModel, build_model
-from dlrm_scale.sharding.apply import MODULE_PATHS, fill_shard
-from dlrm_scale.training.bad_batches import load_bad_batch
-from dlrm_scale.training.main import quiet_libraries
+from dlrm_scale.libraries import loading_libraries
+
+with loading_libraries():
+    import torch
+    from torch import Tensor, nn
+
+    from dlrm_scale.data.batch import RecBatch
+    from dlrm_scale.models.ranking_model import RankingModel, build_model
+    from dlrm_scale.sharding.apply import MODULE_PATHS, fill_shard
+    from dlrm_scale.training.bad_batches import load_bad_batch
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -39,7 +41,6 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    quiet_libraries()
     try:
         saved, batch = load_bad_batch(args.file)
         config = load_config(args.config) if args.config else parse_config(json.loads(saved["config"]), str(args.file))

@@ -21,6 +21,8 @@ from dlrm_scale.errors import (
     PeerError,
     UserError,
 )
+from dlrm_scale.libraries import loading_libraries
+from dlrm_scale.resilience.orphan import end_with_launcher
 from dlrm_scale.resilience.preemption import Preemption
 
 OTHERS_FIRST_SECONDS = 10.0
@@ -53,11 +55,10 @@ def main(argv: list[str] | None = None) -> int:
         if args.print_config:
             print(f"# fingerprint {fingerprint(config)}\n{dump_config(config)}", end="")
             return 0
-        quiet_libraries()
+        end_with_launcher()
         with preemption:
-            # the libraries take seconds to load, which a wrong key need not wait for
-            from dlrm_scale.training.run import run
-
+            with loading_libraries():  # takes seconds, which a wrong key need not wait for
+                from dlrm_scale.training.run import run
             result = run(config, preemption, STARTED_AT)
     except UserError as e:
         return _tell(e, preemption)
@@ -73,18 +74,6 @@ def main(argv: list[str] | None = None) -> int:
     except Exception:
         return _crashed()
     return EXIT_RESUME if result is not None and result.preempted else 0
-
-
-def quiet_libraries() -> None:
-    """Silences what TorchRec, FBGEMM and torch say on a healthy run; errors, and our own warnings, still show."""
-    import logging
-    import warnings
-
-    for module in ("torch", "torchrec", "fbgemm_gpu", "pyre_extensions", "torchmetrics", "tensorboard"):
-        warnings.filterwarnings("ignore", module=rf"{module}(\.|$)")
-    for name in ("torch", "torch.fx._symbolic_trace", "torchrec", "fbgemm_gpu", "root"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
 def _crashed() -> int:

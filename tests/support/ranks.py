@@ -66,12 +66,12 @@ class RankPool:
 
 def _serve(pipe: Connection, environment: dict[str, Any]) -> None:
     os.environ.update({name: str(value) for name, value in environment.items()})
-    import torch
-    import torch.distributed as dist
+    from dlrm_scale.libraries import loading_libraries
 
-    from dlrm_scale.training.main import quiet_libraries
-
-    quiet_libraries()
+    with loading_libraries():
+        import torch
+        import torch.distributed as dist
+        import torchrec  # noqa: F401  every test needs it
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     while True:

@@ -14,9 +14,10 @@ import sys
 from rich.console import Console
 
 from dlrm_scale.errors import UserError
-from dlrm_scale.training.main import quiet_libraries
+from dlrm_scale.libraries import loading_libraries
 
 COMMANDS = {
+    "checkpoint": "what saving costs a run, beside a plain write",
     "cluster": "memory and collectives of this machine, as a cluster file",
     "plan": "our planner beside TorchRec's",
     "truth": "predicted step times beside those of real training",
@@ -39,8 +40,9 @@ def build_parser(chosen: str | None) -> argparse.ArgumentParser:
 
 def main(argv: list[str]) -> int:
     """0: measured; 1: it failed; 2: the command line is not valid."""
-    quiet_libraries()
-    args = build_parser(argv[0] if argv else None).parse_args(argv)
+    with loading_libraries():
+        parser = build_parser(argv[0] if argv else None)
+    args = parser.parse_args(argv)
     console = Console(stderr=args.json)
     try:
         result = args.module.run(args, console)

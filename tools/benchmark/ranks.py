@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import pickle
 import signal
 import socket
 import traceback
@@ -11,7 +12,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 from dlrm_scale.errors import PeerError, UserError
-from dlrm_scale.training.main import quiet_libraries
+from dlrm_scale.libraries import loading_libraries
 
 SILENCE_SECONDS = 120.0  # loading the libraries takes up to 20 on a busy machine, a call of a benchmark less
 SETTLE_SECONDS = 2.0  # in which the others notice that one is gone
@@ -33,7 +34,7 @@ def run_on_ranks(
         UserError: as a rank raised it.
         RuntimeError: another exception on a rank, with its traceback.
     """
-    context = multiprocessing.get_context("spawn")
+    context, job = multiprocessing.get_context("spawn"), pickle.dumps((work, arguments))
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -50,7 +51,7 @@ def run_on_ranks(
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": port,
             }
-            process = context.Process(target=_serve, args=(theirs, environment, work, arguments), daemon=True)
+            process = context.Process(target=_serve, args=(theirs, environment, job), daemon=True)
             process.start()
             theirs.close()
             pipes[ours] = index
@@ -100,11 +101,12 @@ def _failure(processes: list[BaseProcess], index: int, what: str | UserError) ->
     return what if isinstance(what, UserError) else RuntimeError(f"rank {index} failed: {what}")
 
 
-def _serve(pipe: Connection, environment: dict[str, Any], work: Callable[..., Any], arguments: tuple) -> None:
+def _serve(pipe: Connection, environment: dict[str, Any], job: bytes) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the one that started these ends them
     os.environ.update({name: str(value) for name, value in environment.items()})
     try:
-        quiet_libraries()
+        with loading_libraries():
+            work, arguments = pickle.loads(job)
         pipe.send(("done", work(lambda message: pipe.send(("told", message)), *arguments)))
     except UserError as e:
         pipe.send(("failed", e))

@@ -20,11 +20,11 @@ from tools.chaos.verdict import Verdict, judge
 # Small steps, many saves: what is tested is how runs end and begin, not what they learn.
 SMALL_STEPS = (
     "device=cpu",
-    "train.global_batch_size=256",
+    "train.global_batch_size=128",
     "train.max_steps=64",
     "train.schedule.warmup_steps=8",
-    "data.source.num_train=20480",
-    "data.source.num_eval=1024",
+    "data.source.num_train=10240",
+    "data.source.num_eval=512",
     "eval.every_steps=6",
     "log.every_steps=2",
     "checkpoint.every_steps=4",
@@ -123,6 +123,7 @@ def show(verdicts: list[Verdict], console: Console) -> None:
     console.print(grid)
     faults, failed = sum(v.num_faults for v in verdicts), sum(not v.holds for v in verdicts)
     console.print(
-        f"{faults} faults in {len(verdicts)} jobs; {failed or 'no'} job{'s' * (failed != 1)} lost something",
+        f"{faults} faults in {len(verdicts)} job{'s' * (len(verdicts) != 1)}: "
+        + (f"{failed} of them ended otherwise" if failed else "nothing was lost but time"),
         highlight=False,
     )

@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-from dlrm_scale.training.main import main, quiet_libraries
+from dlrm_scale.libraries import loading_libraries
+from dlrm_scale.training.main import main
 from tools.chaos.faults import Fault
 
 FAULTS = "CHAOS_FAULTS"
@@ -30,7 +31,6 @@ def armed() -> Fault | None:
 
 
 def arm(fault: Fault) -> None:
-    quiet_libraries()  # before the first import of torch
     if fault.strike in ("disk_full", "slow_disk"):
         from tools.chaos.disk import Disk
 
@@ -47,7 +47,8 @@ def arm(fault: Fault) -> None:
             STRIKES[fault.strike](batch)
 
     if fault.at in ("batch", "evaluation"):
-        from dlrm_scale.training.readers import EvalReader, TrainReader
+        with loading_libraries():
+            from dlrm_scale.training.readers import EvalReader, TrainReader
 
         reader = TrainReader if fault.at == "batch" else EvalReader
         reader.batches = _struck(reader.batches, strike)

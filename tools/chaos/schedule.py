@@ -12,9 +12,7 @@ from tools.chaos.faults import Damage, Fault
 
 T = TypeVar("T")
 NUM_RANKS = 2
-TWO_SAVES = (
-    13  # batches of an attempt after which it has saved twice, and not more than trained eight steps since the first
-)
+TWO_SAVES = 13  # batches of an attempt after which it has saved twice, and trained eight steps since the first at most
 KILLED_LAUNCHER = -9  # as subprocess tells it
 KILLED_RANK = 128 + 9
 

@@ -1,9 +1,8 @@
 import sys
 
-from dlrm_scale.training.main import quiet_libraries
+from dlrm_scale.libraries import loading_libraries
 
-quiet_libraries()
-
-from tools.plan_sharding.cli import main  # noqa: E402
+with loading_libraries():
+    from tools.plan_sharding.cli import main
 
 sys.exit(main())
