@@ -4,6 +4,8 @@ Kept apart from the dense archs because TorchRec shards and pipelines it: the tr
 so it holds nothing but the two lookups.
 """
 
+from contextlib import nullcontext
+
 import torch
 from torch import nn
 from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, EmbeddingConfig, PoolingType
@@ -11,10 +13,10 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection, Embedding
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
 from dlrm_scale.features import FeatureSchema
+from dlrm_scale.models.meta import META, without_memory
 
 _DATA_TYPE = {"fp32": DataType.FP32, "fp16": DataType.FP16}
 _POOLING = {"sum": PoolingType.SUM, "mean": PoolingType.MEAN}
-META = torch.device("meta")
 
 
 class Embeddings(nn.Module):
@@ -35,8 +37,9 @@ class Embeddings(nn.Module):
         id_tables = [
             EmbeddingConfig(**_columns(schema, name)) for name in schema.tables if name in schema.sequence_tables
         ]
-        self.ebc = EmbeddingBagCollection(bag_tables, device=device) if bag_tables else None
-        self.ec = EmbeddingCollection(id_tables, device=device) if id_tables else None
+        with without_memory() if device == META else nullcontext():
+            self.ebc = EmbeddingBagCollection(bag_tables, device=device) if bag_tables else None
+            self.ec = EmbeddingCollection(id_tables, device=device) if id_tables else None
 
     def forward(
         self, bags: KeyedJaggedTensor | None, sequences: KeyedJaggedTensor | None

@@ -16,10 +16,11 @@ from dlrm_scale.config import DCNv2Config, DLRMConfig, InterFormerConfig, Logist
 from dlrm_scale.data.batch import RecBatch
 from dlrm_scale.models.dcn import DCNv2
 from dlrm_scale.models.dlrm import DLRM
-from dlrm_scale.models.embeddings import META, Embeddings
+from dlrm_scale.models.embeddings import Embeddings
 from dlrm_scale.models.inputs import Embedded, wait
 from dlrm_scale.models.interformer import InterFormer
 from dlrm_scale.models.logistic import Logistic
+from dlrm_scale.models.meta import META, without_memory
 
 Precision = Literal["fp32", "bf16"]
 _ARCHS = {InterFormerConfig: InterFormer, DLRMConfig: DLRM, DCNv2Config: DCNv2, LogisticConfig: Logistic}
@@ -92,11 +93,16 @@ class RankingModel(nn.Module):
 def build_model(config: RunConfig, *, table_device: torch.device = META, dense_device: torch.device) -> RankingModel:
     """The model of a run; raises ConfigError: the features do not suit the arch."""
     embeddings = Embeddings(config.features, table_device)
-    return RankingModel(embeddings, build_arch(config).to(dense_device), config.train.precision)
+    if dense_device == META:
+        with without_memory():
+            arch = build_arch(config)
+    else:
+        arch = build_arch(config).to(dense_device)
+    return RankingModel(embeddings, arch, config.train.precision)
 
 
 def build_arch(config: RunConfig) -> nn.Module:
-    """The dense arch, on the CPU. Its weights depend on `config.seed` alone; this leaves the global generator as it was.
+    """The dense arch, on the CPU (inside `without_memory`: without values). Its weights depend on `config.seed` alone; this leaves the global generator as it was.
 
     Raises:
         ConfigError: the features do not suit the arch.

@@ -19,6 +19,7 @@ from dlrm_scale.config_io import dump_config, fingerprint
 from dlrm_scale.data.open import open_source, preflight
 from dlrm_scale.data.synthetic import SyntheticSource
 from dlrm_scale.errors import CheckpointError, ConfigError, DivergedError, NoPlanError, RollbackRequested
+from dlrm_scale.models.meta import META
 from dlrm_scale.models.ranking_model import build_model
 from dlrm_scale.resilience.account import Account, Attempt, next_attempt
 from dlrm_scale.resilience.goodput import EventLog
@@ -110,7 +111,7 @@ def make_plan(config: RunConfig, rank: Rank, earlier: Plan | None = None) -> Pla
             f"sharding.replica_groups is {config.sharding.replica_groups}, which can be planned but not trained yet: TorchRec 1.8.0's "
             "DMPCollection runs on CUDA and MTIA only, and no test here has one; set it to 1"
         )
-    model = build_model(config, dense_device=torch.device("meta"))  # also where features that do not suit the arch show
+    model = build_model(config, dense_device=META)  # also where features that do not suit the arch show
     request = plan_request(config, _cluster(config, rank), model.num_dense_parameters)
     if config.sharding.plan is not None:
         return load_plan(config.sharding.plan, request)

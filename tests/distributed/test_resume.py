@@ -10,7 +10,7 @@ import torch
 
 from dlrm_scale.checkpoint.commit import CheckpointFolder
 from dlrm_scale.checkpoint.files import Files
-from dlrm_scale.config import RunConfig
+from dlrm_scale.config import LogisticConfig, RunConfig
 from dlrm_scale.data.open import open_source
 from dlrm_scale.models.ranking_model import build_model
 from dlrm_scale.resilience.watchdog import Watchdog
@@ -175,6 +175,28 @@ def test_fp16_tables_and_a_source_of_files_with_mended_rows(two_ranks, tmp_path)
     check_bitwise(two_ranks, tmp_path, config)
     counted = manifest_of(tmp_path / "resumed", STEPS).progress["counted"]["windows"]
     assert any(counted.values()), "nothing was mended, so the test tells nothing of the counts"
+
+
+def test_criteo_files(two_ranks, tmp_path):
+    lines = [
+        "\t".join([str(i % 2), *[str(i % 7)] * 13, *(f"{(i * (k + 3)) % 500:x}" for k in range(26))])
+        for i in range(1200)
+    ]
+    (tmp_path / "day.tsv").write_text("\n".join(lines) + "\n")
+    split = {"paths": [str(tmp_path / "day.tsv")]}
+    tables = {"user": 300, "item": 200, "category": 20, "tag": 100}  # fewer rows than ids: they are mended
+    config = run_config(
+        features={
+            "tables": {n: {"num_embeddings": r, "embedding_dim": 8, "out_of_range": "modulo"} for n, r in tables.items()},
+            "dense": [{"name": "int_0"}],
+            "categorical": [{"name": f"cat_{i}", "table": name} for i, name in enumerate(tables)],
+            "sequences": [],
+            "labels": ["label"],
+            "group": None,
+        },
+        data={"source": {"kind": "criteo", "train": split, "eval": split}},
+    )
+    check_bitwise(two_ranks, tmp_path, config.model_copy(update={"model": LogisticConfig()}))
 
 
 def losses_of(folder: Path, step: int) -> list[float]:

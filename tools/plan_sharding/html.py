@@ -6,6 +6,7 @@ from pathlib import Path
 
 from dlrm_scale.sharding.options import STAGES
 from dlrm_scale.sharding.plan import Plan
+from dlrm_scale.sharding.problem import SCORED_STAGES
 from dlrm_scale.sharding.search import Found
 from tools.plan_sharding.show import ms, ranks_said, replica_groups_said
 
@@ -24,7 +25,8 @@ svg{width:100%;height:auto;background:#fafafa}pre{background:#f4f4f4;padding:1em
 def write_html(plan: Plan, found: Found, seconds: float, path: Path) -> None:
     cluster = plan.request.cluster
     usable = cluster.table_bytes_per_rank / 1e9
-    scored = [stage for stage in STAGES if any(load.step_ms[stage] for load in plan.ranks)]
+    stages = [stage for stage in STAGES if any(load.step_ms[stage] for load in plan.ranks)]
+    unscored = ", ".join(stage for stage in stages if stage not in SCORED_STAGES)
     kinds = [kind for kind in plan.ranks[0].device_bytes if any(load.device_bytes[kind] for load in plan.ranks)]
     host_kinds = [k for k in plan.ranks[0].host_bytes if any(load.host_bytes[k] for load in plan.ranks)]
     parts = [
@@ -33,7 +35,8 @@ def write_html(plan: Plan, found: Found, seconds: float, path: Path) -> None:
         f"<p>{escape(replica_groups_said(plan) or '')}</p>",
         _gap(plan, found, seconds),
         "<h2>Milliseconds a step, by rank and stage</h2>",
-        _bars([[load.step_ms[s] for s in scored] for load in plan.ranks], scored, "ms", limit=None),
+        _bars([[load.step_ms[s] for s in stages] for load in plan.ranks], stages, "ms", limit=None),
+        f"<p>The plan's score, TorchRec's, does not count {unscored}.</p>" if unscored else "",
         "<h2>Device memory, by rank and kind</h2>",
         _bars([[load.device_bytes[k] / 1e9 for k in kinds] for load in plan.ranks], kinds, "GB", limit=usable),
     ]
