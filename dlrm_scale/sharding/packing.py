@@ -51,6 +51,8 @@ class Packing:
         self._powers_SR = np.zeros((self.num_rows, problem.num_ranks))
         self.over_R = np.zeros(problem.num_ranks)
         self.churn_ms = 0.0
+        self._capacity = [float(c) for c in problem.capacity]
+        self._room = [max(c, 1.0) for c in self._capacity]
         self._batches: dict[int, list[_Batch]] = {}
         self._odd: dict[int, list[int]] = {}
         self.sharpen(doublings)
@@ -61,7 +63,7 @@ class Packing:
 
     def sharpen(self, doublings: int) -> None:
         self.doublings, self.power = doublings, 2**doublings
-        self._refresh(slice(None))
+        self._refresh(slice(None), 1)
 
     # ---------------------------------------------------------------- scores
     @property
@@ -98,14 +100,17 @@ class Packing:
         """Overflow of (..., 2, X) bytes: (..., X)."""
         if not self.problem.may_overflow:
             return np.zeros((*bytes_tier_first.shape[:-2], bytes_tier_first.shape[-1]))
-        capacity = self.problem.capacity[:, None]
-        room = np.maximum(capacity, 1.0)
-        return (np.maximum(bytes_tier_first - capacity, 0) / room).sum(axis=-2)
+        device, host = (bytes_tier_first[..., tier, :] for tier in (0, 1))
+        over = np.maximum(device - self._capacity[0], 0.0) / self._room[0]
+        over += np.maximum(host - self._capacity[1], 0.0) / self._room[1]
+        return over
 
-    def _refresh(self, ranks: slice) -> None:
+    def _refresh(self, places: slice | np.ndarray, width: int) -> None:
         C, S = self.problem.num_channels, self.num_rows
-        self._powers_SR[:, ranks] = self._raise(self.use_KR[:S, ranks])
-        self.over_R[ranks] = self._over(self.use_KR[C:, ranks])
+        use_KPW = self.use_KR.reshape(C + 2, -1, width)[:, places]
+        self._powers_SR.reshape(S, -1, width)[:, places] = self._raise(use_KPW[:S])
+        if self.problem.may_overflow:
+            self.over_R.reshape(-1, width)[places] = self._over(use_KPW[C:].transpose(1, 0, 2))
 
     # ---------------------------------------------------------------- changes
     def put(self, unit: int, placed: Placed) -> None:
@@ -120,13 +125,17 @@ class Packing:
 
     def _change(self, unit: int, placed: Placed, sign: int) -> None:
         choice = self.problem.units[unit].choices[placed.choice]
-        width = self.problem.width(choice.scope)
-        for demand_KW, place in zip(choice.demand_NKW, placed.places, strict=True):
-            ranks = slice(place * width, (place + 1) * width)
-            self.use_KR[:, ranks] += sign * demand_KW
-            for units in self.on_rank[ranks]:
-                (units.add if sign > 0 else units.discard)(unit)
-            self._refresh(ranks)
+        width, num_rows = self.problem.width(choice.scope), len(self.use_KR)
+        use_KPW = self.use_KR.reshape(num_rows, -1, width)
+        if len(placed.places) == 1:
+            places = slice(placed.places[0], placed.places[0] + 1)
+            use_KPW[:, places] += sign * choice.demand_NKW.transpose(1, 0, 2)
+        else:
+            places = np.array(placed.places)
+            np.add.at(use_KPW, (slice(None), places), sign * choice.demand_NKW.transpose(1, 0, 2))  # some may share a rank
+        for ranks in self._near(unit, placed):
+            (ranks.add if sign > 0 else ranks.discard)(unit)
+        self._refresh(places, width)
         if self.problem.churn is not None:
             self.churn_ms += sign * self._churn(unit, placed)
 
@@ -138,11 +147,11 @@ class Packing:
         self.use_KR, self._powers_SR, self.over_R, self.churn_ms = saved
         changed = [unit for unit, now in enumerate(self.placed) if now is not placed[unit]]
         for unit in changed:
-            for ranks in self._near(unit):
+            for ranks in self._near(unit, self.placed[unit]):
                 ranks.discard(unit)
         for unit in changed:
             self.placed[unit] = placed[unit]
-            for ranks in self._near(unit):
+            for ranks in self._near(unit, self.placed[unit]):
                 ranks.add(unit)
 
     def become(self, placed: list[Placed]) -> None:
@@ -153,8 +162,7 @@ class Packing:
         for unit in different:
             self.put(unit, placed[unit])
 
-    def _near(self, unit: int) -> list[set[int]]:
-        placed = self.placed[unit]
+    def _near(self, unit: int, placed: Placed | None) -> list[set[int]]:
         if placed is None:
             return []
         choice = self.problem.units[unit].choices[placed.choice]
