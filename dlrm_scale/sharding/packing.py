@@ -27,7 +27,7 @@ class _Batch:
 
     choices: np.ndarray  # (n,)
     demand_nKW: np.ndarray
-    count_n: np.ndarray
+    by_count: tuple[tuple[int, np.ndarray], ...]  # number of blocks, and the choices (of n) that have it
     churn_nP: np.ndarray | None  # ms of each block
 
 
@@ -132,7 +132,9 @@ class Packing:
             use_KPW[:, places] += sign * choice.demand_NKW.transpose(1, 0, 2)
         else:
             places = np.array(placed.places)
-            np.add.at(use_KPW, (slice(None), places), sign * choice.demand_NKW.transpose(1, 0, 2))  # some may share a rank
+            np.add.at(
+                use_KPW, (slice(None), places), sign * choice.demand_NKW.transpose(1, 0, 2)
+            )  # some may share a rank
         for ranks in self._near(unit, placed):
             (ranks.add if sign > 0 else ranks.discard)(unit)
         self._refresh(places, width)
@@ -197,7 +199,8 @@ class Packing:
             chosen = [unit.choices[i] for i in indices]
             demand_nKW = np.stack([c.demand_NKW[0] for c in chosen])
             count_n = np.array([c.num_blocks for c in chosen])
-            batches.append(_Batch(np.array(indices), demand_nKW, count_n, self._churn_by_place(unit, chosen)))
+            by_count = tuple((int(count), np.flatnonzero(count_n == count)) for count in np.unique(count_n))
+            batches.append(_Batch(np.array(indices), demand_nKW, by_count, self._churn_by_place(unit, chosen)))
         return batches, odd
 
     def _best_of_batch(self, unit: int, batch: _Batch) -> tuple[float, Placed] | None:
@@ -208,24 +211,23 @@ class Packing:
         added_nSP = (self._raise(after_nKPW[:, :S], axis=1) - self._powers_SR.reshape(S, -1, W)).sum(axis=3)
         after_bytes = after_nKPW[:, C:].reshape(len(batch.choices), 2, -1)
         over_nP = (self._over(after_bytes) - self.over_R).reshape(len(batch.choices), -1, W).sum(axis=2)
-        sums_S = self._powers_SR.sum(axis=1)
         cost_nP = np.einsum("nsp,s->np", added_nSP, self._slope_S()) + OVERFLOW_WEIGHT * over_nP
         if batch.churn_nP is not None:
             cost_nP += batch.churn_nP / self.scale_ms
         cost_nP[:, ~self._open_places(unit, W)] = NO_PLACE
-        overflow, best = self.overflow, None
-        for i, count in enumerate(batch.count_n):
-            if count == 1:
-                places = cost_nP[i].argmin(keepdims=True)
-            else:
-                places = np.sort(np.argpartition(cost_nP[i], count - 1)[:count])
-            if cost_nP[i, places].max() == NO_PLACE:
-                continue
-            churn_ms = 0.0 if batch.churn_nP is None else float(batch.churn_nP[i, places].sum())
-            sums = sums_S + added_nSP[i][:, places].sum(axis=1)
-            score = self._smooth(sums, overflow + float(over_nP[i, places].sum()), self.churn_ms + churn_ms)
-            if best is None or score < best[0]:
-                best = (score, Placed(int(batch.choices[i]), tuple(places.tolist())))
+        sums_S, overflow, best = self._powers_SR.sum(axis=1), self.overflow, None
+        for count, at in batch.by_count:  # m of the n choices, all of so many blocks
+            places_mB = np.argpartition(cost_nP[at], count - 1, axis=1)[:, :count]
+            sums_mS = sums_S + np.take_along_axis(added_nSP[at], places_mB[:, None], axis=2).sum(axis=2)
+            score_m = sums_mS ** (1 / self.power) @ self.weight_S
+            score_m += OVERFLOW_WEIGHT * (overflow + np.take_along_axis(over_nP[at], places_mB, axis=1).sum(axis=1))
+            score_m += self.churn_ms / self.scale_ms
+            if batch.churn_nP is not None:
+                score_m += np.take_along_axis(batch.churn_nP[at], places_mB, axis=1).sum(axis=1) / self.scale_ms
+            score_m[np.take_along_axis(cost_nP[at], places_mB, axis=1).max(axis=1) == NO_PLACE] = NO_PLACE
+            i = int(score_m.argmin())
+            if score_m[i] < (NO_PLACE if best is None else best[0]):
+                best = (float(score_m[i]), Placed(int(batch.choices[at[i]]), tuple(sorted(places_mB[i].tolist()))))
         return best
 
     def best_place(self, unit: int, choice_index: int) -> tuple[float, Placed] | None:

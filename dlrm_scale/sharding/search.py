@@ -17,7 +17,7 @@ import numpy as np
 from dlrm_scale.sharding.bound import Bound, ChoiceTotals, best_mean, cheapest_choices
 from dlrm_scale.sharding.packing import Packing, Placed
 from dlrm_scale.sharding.problem import Problem, Unit
-from dlrm_scale.sharding.swaps import movable, swap_down
+from dlrm_scale.sharding.swaps import Swapper, movable
 from dlrm_scale.sharding.torchrec_plans import torchrec_plans
 
 TARGETS = (1.0, 1.03, 1.08, 1.15, 1.3, 1.6, 2.0, 3.0, math.inf)  # times the bound
@@ -27,10 +27,8 @@ SHORT_OF_MEMORY = 0.7  # part of all ranks' memory, taken by the cheapest choice
 MEMORY_PARTS = (0.97, 0.95, 0.93, 0.9)
 MOST_STARTED, LEAST_STARTS = 24_000, 8  # units in all our own starts; a start of many takes long
 COMMON_PARTS = (0.75, 0.5, 0.25, 0.0)
-MOST_LEGS, UNITS_IN_LEGS = (
-    6,
-    400,
-)  # starts to improve; few for many units, whose rounds take longer and whose starts are nearer
+MOST_LEGS = 6  # starts to improve
+UNITS_IN_LEGS = 400  # in all of them: many units make rounds longer, and starts nearer
 CLOSE_ENOUGH = 2e-3  # a gap not worth searching on
 CLOSE_START = 5e-3  # one after which no more of our own starts are tried
 MOST_SLACK = 0.04  # how much worse than the best a plan may be to go on from, at first
@@ -88,7 +86,7 @@ class Search:
         self.found = Found()
         self._fits_N = (totals.worst_bytes_N2 <= problem.capacity).all(axis=1)
         self._cheapest_U = cheapest_choices(totals, self._fits_N, np.zeros(3))
-        self._movable_U = [movable(unit) for unit in problem.units]
+        self._swapper = Swapper(problem) if problem.churn is None else None
         self._freedom_U = np.array([self._freedom(unit) for unit in problem.units])
         wanted_bytes = float(totals.bytes_N2[self._cheapest_U, 0].sum())
         self._is_short_of_memory = wanted_bytes > SHORT_OF_MEMORY * problem.capacity[0] * problem.num_ranks
@@ -288,8 +286,8 @@ class Search:
         return placed
 
     def _swap(self, packing: Packing) -> None:
-        if self.problem.churn is None:
-            swap_down(packing, MOST_SWAPS, self._movable_U)
+        if self._swapper is not None:
+            self._swapper.swap_down(packing, MOST_SWAPS)
 
     def _level_memory(self) -> None:
         """Where time allows several places, the one with more memory left: the fullest rank's memory goes down, the score not up."""

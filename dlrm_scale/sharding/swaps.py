@@ -7,11 +7,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from dlrm_scale.sharding.packing import Packing, Placed, in_order
-from dlrm_scale.sharding.problem import Scope, Unit
+from dlrm_scale.sharding.problem import NUM_TIERS, Problem, Scope, Unit
 
 MOST_AT_A_PLACE = 12  # blocks: with more, on the average, pairs of them are not tried
 MOST_PAIRED = 2000  # blocks
+MOST_COMPARED = 256  # exchanges that relieve both places: of more, those that leave the busier of the two least
 LEAST_GAIN = 1e-9  # of the smooth score
+# The blocks of a grid stay on hosts of their own, those of table_column_wise on one: only a single one of them moves
+KINDS: dict[Scope, tuple[str, ...]] = {
+    "rank": ("table_wise", "column_wise"),
+    "host": ("table_row_wise", "grid_shard"),
+}
 
 
 def movable(unit: Unit) -> bool:
@@ -19,42 +25,87 @@ def movable(unit: Unit) -> bool:
     return bool(unit.allowed_R.all()) and not unit.apart_from and unit.choices[0].places is None
 
 
-def swap_down(packing: Packing, most_swaps: int, movable_U: list[bool]) -> int:
-    """Exchanges sets of blocks between the rank that holds too much, or is the busiest, and another (or their hosts), each time the
-    two sets that lower the smooth score most; how many exchanges. Knows no churn: the problem must have none."""
-    for done in range(most_swaps):
-        if not (_swap_once(packing, movable_U, "rank") or _swap_once(packing, movable_U, "host")):
-            return done
-    return most_swaps
+class Swapper:
+    """Exchanges sets of blocks between the rank that holds too much, or is the busiest, and another (or their hosts). Knows no churn:
+    the problem must have none."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.start_U = np.cumsum([0] + [len(unit.choices) for unit in problem.units[:-1]])
+        self.pools = {scope: _Pool.of(problem, scope) for scope in KINDS}
+
+    def swap_down(self, packing: Packing, most_swaps: int) -> int:
+        """Each time the two sets that lower the smooth score most; how many exchanges."""
+        for done in range(most_swaps):
+            if not (self._swap_once(packing, "rank") or self._swap_once(packing, "host")):
+                return done
+        return most_swaps
+
+    def _swap_once(self, packing: Packing, scope: Scope) -> bool:
+        pressed = packing.pressed_rank() // packing.problem.width(scope)
+        blocks = self._blocks(packing, scope)
+        if blocks is None or pressed not in blocks.place_A:
+            return False
+        num_places = packing.problem.num_ranks // packing.problem.width(scope)
+        first_B, second_B, demand_KBW, place_B = _sets(blocks, num_places)
+        at_I, at_J = np.flatnonzero(place_B == pressed), np.flatnonzero(place_B != pressed)
+        if not len(at_J):
+            return False
+        at_M, other_M = _relieving(packing, demand_KBW, place_B, at_I, at_J)
+        if not len(at_M):
+            return False
+        cost_M = packing.cost_of_shift(pressed, place_B[other_M], demand_KBW[:, other_M] - demand_KBW[:, at_M])
+        best = int(cost_M.argmin())
+        if cost_M[best] >= -LEAST_GAIN:
+            return False
+        moved: dict[int, dict[int, int]] = {}  # unit -> index of its block -> new place
+        for at, place in ((at_M[best], int(place_B[other_M[best]])), (other_M[best], pressed)):
+            for block in (first_B[at], second_B[at]):
+                if block >= 0:
+                    moved.setdefault(int(blocks.unit_A[block]), {})[int(blocks.index_A[block])] = place
+        for unit, new_place in moved.items():
+            placed = packing.take(unit)
+            places = [new_place.get(index, place) for index, place in enumerate(placed.places)]
+            choice = packing.problem.units[unit].choices[placed.choice]
+            packing.put(unit, Placed(placed.choice, in_order(choice, places)))
+        return True
+
+    def _blocks(self, packing: Packing, scope: Scope) -> "_Blocks | None":
+        pool = self.pools[scope]
+        chosen_U = self.start_U + [placed.choice for placed in packing.placed]
+        units = np.flatnonzero(pool.count_N[chosen_U])
+        if not len(units):
+            return None
+        count_U = pool.count_N[chosen_U[units]]
+        place_A = np.array([place for unit in units.tolist() for place in packing.placed[unit].places])
+        index_A = np.arange(len(place_A)) - np.repeat(np.cumsum(count_U) - count_U, count_U)
+        order = np.argsort(place_A, kind="stable")
+        at_A = (np.repeat(pool.start_N[chosen_U[units]], count_U) + index_A)[order]
+        return _Blocks(np.repeat(units, count_U)[order], index_A[order], place_A[order], pool.demand_KXW[:, at_A])
 
 
-def _swap_once(packing: Packing, movable_U: list[bool], scope: Scope) -> bool:
-    pressed = packing.pressed_rank() // packing.problem.width(scope)
-    blocks = _blocks(packing, movable_U, scope)
-    if blocks is None or pressed not in blocks.place_A:
-        return False
-    first_B, second_B, demand_KBW, place_B = _sets(blocks, packing.problem.num_ranks // packing.problem.width(scope))
-    at_I, at_J = np.flatnonzero(place_B == pressed), np.flatnonzero(place_B != pressed)
-    if not len(at_J):
-        return False
-    at_I, at_J = _relieving(packing, demand_KBW, place_B, at_I, at_J)
-    if not len(at_I):
-        return False
-    cost_M = packing.cost_of_shift(pressed, place_B[at_J], demand_KBW[:, at_J] - demand_KBW[:, at_I])
-    best = int(cost_M.argmin())
-    if cost_M[best] >= -LEAST_GAIN:
-        return False
-    moved: dict[int, dict[int, int]] = {}  # unit -> index of its block -> new place
-    for at, place in ((at_I[best], int(place_B[at_J[best]])), (at_J[best], pressed)):
-        for block in (first_B[at], second_B[at]):
-            if block >= 0:
-                moved.setdefault(int(blocks.unit_A[block]), {})[int(blocks.index_A[block])] = place
-    for unit, new_place in moved.items():
-        placed = packing.take(unit)
-        places = [new_place.get(index, place) for index, place in enumerate(placed.places)]
-        choice = packing.problem.units[unit].choices[placed.choice]
-        packing.put(unit, Placed(placed.choice, in_order(choice, places)))
-    return True
+@dataclass(frozen=True)
+class _Pool:
+    """What each block of each choice takes that may be exchanged, choice after choice."""
+
+    count_N: np.ndarray  # blocks of a choice; 0: none that may be exchanged
+    start_N: np.ndarray
+    demand_KXW: np.ndarray
+
+    @staticmethod
+    def of(problem: Problem, scope: Scope) -> "_Pool":
+        width = problem.width(scope)
+        demands, counts = [np.zeros((problem.num_channels + NUM_TIERS, 0, width))], []
+        for unit in problem.units:
+            can_move = movable(unit)
+            for choice in unit.choices:
+                moves = (
+                    can_move and choice.sharding_type in KINDS[scope] and (scope == "rank" or choice.num_blocks == 1)
+                )
+                counts.append(choice.num_blocks if moves else 0)
+                if moves:
+                    demands.append(choice.demand_NKW.transpose(1, 0, 2))
+        count_N = np.array(counts)
+        return _Pool(count_N, np.cumsum(count_N) - count_N, np.concatenate(demands, axis=1))
 
 
 def _relieving(
@@ -66,10 +117,15 @@ def _relieving(
     use_PW = packing.use_KR[rows].sum(axis=0).reshape(-1, width)
     demand_BW = demand_KBW[rows].sum(axis=0)
     here_W, there_JW = use_PW[place_B[at_I[0]]], use_PW[place_B[at_J]]
-    shift_IJW = demand_BW[at_J] - demand_BW[at_I, None]
-    limit = here_W.max() * (1 - LEAST_GAIN)
-    good_IJ = ((here_W + shift_IJW).max(axis=2) < limit) & ((there_JW - shift_IJW).max(axis=2) < limit)
-    i, j = np.nonzero(good_IJ)
+    busier_IJ = np.zeros((len(at_I), len(at_J)))
+    for w in range(width):  # not one array with an axis of it, as it is often 1
+        shift_IJ = demand_BW[at_J, w] - demand_BW[at_I, None, w]
+        np.maximum(busier_IJ, here_W[w] + shift_IJ, out=busier_IJ)
+        np.maximum(busier_IJ, there_JW[:, w] - shift_IJ, out=busier_IJ)
+    good = np.flatnonzero(busier_IJ < here_W.max() * (1 - LEAST_GAIN))
+    if len(good) > MOST_COMPARED:
+        good = good[np.argpartition(busier_IJ.ravel()[good], MOST_COMPARED)[:MOST_COMPARED]]
+    i, j = np.unravel_index(good, busier_IJ.shape)
     return at_I[i], at_J[j]
 
 
@@ -81,26 +137,6 @@ class _Blocks:
     index_A: np.ndarray  # of the unit's block
     place_A: np.ndarray
     demand_KAW: np.ndarray
-
-
-def _blocks(packing: Packing, movable_U: list[bool], scope: Scope) -> _Blocks | None:
-    # The blocks of a grid stay on hosts of their own, those of table_column_wise on one
-    kinds = ("table_wise", "column_wise") if scope == "rank" else ("table_row_wise", "grid_shard")
-    units, places, demands = [], [], []
-    for unit, placed in enumerate(packing.placed):
-        choice = packing.problem.units[unit].choices[placed.choice]
-        if choice.sharding_type in kinds and movable_U[unit] and (scope == "rank" or len(placed.places) == 1):
-            units.append(unit)
-            places.append(placed.places)
-            demands.append(choice.demand_NKW)
-    if not units:
-        return None
-    counts = [len(of_unit) for of_unit in places]
-    place_A = np.concatenate(places)
-    index_A = np.arange(len(place_A)) - np.repeat(np.cumsum(counts) - counts, counts)
-    order = np.argsort(place_A, kind="stable")
-    demand_KAW = np.concatenate(demands).transpose(1, 0, 2)[:, order]
-    return _Blocks(np.repeat(units, counts)[order], index_A[order], place_A[order], demand_KAW)
 
 
 def _sets(blocks: _Blocks, num_places: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

@@ -187,7 +187,9 @@ def test_criteo_files(two_ranks, tmp_path):
     tables = {"user": 300, "item": 200, "category": 20, "tag": 100}  # fewer rows than ids: they are mended
     config = run_config(
         features={
-            "tables": {n: {"num_embeddings": r, "embedding_dim": 8, "out_of_range": "modulo"} for n, r in tables.items()},
+            "tables": {
+                n: {"num_embeddings": r, "embedding_dim": 8, "out_of_range": "modulo"} for n, r in tables.items()
+            },
             "dense": [{"name": "int_0"}],
             "categorical": [{"name": f"cat_{i}", "table": name} for i, name in enumerate(tables)],
             "sequences": [],

@@ -16,7 +16,7 @@ from dlrm_scale.sharding.packing import Packing, Placed
 from dlrm_scale.sharding.plan import PlanRequest, save_plan
 from dlrm_scale.sharding.planner import find_plan, prepare
 from dlrm_scale.sharding.sharders import make_sharders
-from dlrm_scale.sharding.swaps import movable, swap_down
+from dlrm_scale.sharding.swaps import Swapper, movable
 from tools.benchmark.exact import exact_optimum
 from tools.benchmark.stock import topology
 from tools.benchmark.workloads import filled, random_request, stock_options
@@ -240,16 +240,25 @@ def test_swaps_lower_the_score_and_move_whole_shards_only(request_26):
             packing.put(unit, Placed(placed.choice, (pressed, *placed.places[1:])))
             break
     before, was = packing.smooth, list(packing.placed)
-    movable_U = [movable(unit) for unit in prepared.problem.units]
-    assert swap_down(packing, 5, movable_U) >= 1 and packing.smooth < before
+    assert Swapper(prepared.problem).swap_down(packing, 5) >= 1 and packing.smooth < before
     assert [p.choice for p in packing.placed] == [p.choice for p in was]
     anew = Packing(prepared.problem, packing.scale_ms, doublings=4)
     for unit, placed in enumerate(packing.placed):
         anew.put(unit, placed)
     np.testing.assert_allclose(packing.use_KR, anew.use_KR, rtol=1e-9, atol=1e-6)
-    still = list(packing.placed)
-    swap_down(packing, 5, [False] * len(still))
-    assert packing.placed == still, "what rules bind does not move"
+
+
+def test_swaps_leave_what_rules_bind(request_26):
+    name = next(iter(request_26.tables))
+    ruled = with_rules(request_26, tables={name: {"ranks": tuple(range(request_26.group.num_ranks - 1))}})
+    prepared = prepare(ruled)
+    swapper = Swapper(prepared.problem)
+    bound = [not movable(unit) for unit in prepared.problem.units]
+    assert sum(bound) == 1
+    choices = [len(unit.choices) for unit in prepared.problem.units]
+    at = int(np.cumsum([0, *choices])[bound.index(True)])
+    for pool in swapper.pools.values():
+        assert pool.count_N.any() and not pool.count_N[at : at + choices[bound.index(True)]].any()
 
 
 def test_where_time_is_even_memory_is_levelled():
