@@ -29,7 +29,7 @@ SMALL_STEPS = (
     "log.every_steps=2",
     "checkpoint.every_steps=4",
     "checkpoint.keep_last=2",
-    "resilience.watchdog_seconds=20",
+    "resilience.watchdog_seconds=12",
 )
 
 

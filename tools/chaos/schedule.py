@@ -150,11 +150,9 @@ def small(seed: int) -> list[Job]:
 
 
 def _damaged(rng: np.random.Generator, rank: Callable[[], int]) -> Job:
-    harms = [
-        Damage(harm, file)
-        for file in (".distcp", ".metadata", "manifest.json")
-        for harm in ("cut short", "flip a byte", "remove")
-    ]
+    files = (".distcp", ".metadata", "manifest.json")
+    harms = [Damage(harm, file) for file in files for harm in ("cut short", "flip a byte")]
+    harms.append(Damage("remove", ".distcp"))
     kill = (Fault("kill", rank(), "batch", TWO_SAVES),)
     launches = [Launch(kill, KILLED_RANK, damage=damage) for damage in _shuffled(rng, harms)]
     return Job("damage each file of the newest checkpoint", (Launch(kill, KILLED_RANK), *launches, Launch()))
