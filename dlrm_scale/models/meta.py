@@ -10,8 +10,8 @@ from torch.overrides import TorchFunctionMode
 META = torch.device("meta")
 
 
-class _NoFirstValues(TorchFunctionMode):
-    """Leaves out what fills a tensor with its first values: on this device torch works that out in Python, milliseconds each."""
+class NoFirstValues(TorchFunctionMode):
+    """Leaves out what fills a tensor without memory with its first values: torch works that out in Python, milliseconds each."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping | None = None
@@ -27,5 +27,5 @@ class _NoFirstValues(TorchFunctionMode):
 @contextmanager
 def without_memory() -> Iterator[None]:
     """Modules made inside are on the meta device."""
-    with META, _NoFirstValues():
+    with META, NoFirstValues():
         yield

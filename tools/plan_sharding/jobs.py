@@ -12,6 +12,7 @@ from dlrm_scale.cluster import ClusterSpec
 from dlrm_scale.config import RunConfig, ShardingConfig, SparseOptimizerName, check_num_ranks
 from dlrm_scale.config_io import parse_config, parse_overrides
 from dlrm_scale.errors import ConfigError
+from dlrm_scale.libraries import loading_libraries
 from dlrm_scale.sharding.plan import PlanRequest, plan_request
 from dlrm_scale.strict import Strict
 from tools.plan_sharding.tables import read_tables
@@ -40,8 +41,8 @@ def config_job(config: RunConfig, cluster: ClusterSpec) -> Job:
     """
     check_num_ranks(config, cluster.num_ranks)
     _check_no_plan(config.sharding)
-    from dlrm_scale.models.dense_trace import trace_dense
-
+    with loading_libraries():
+        from dlrm_scale.models.dense_trace import trace_dense
     trace = trace_dense(config, config.train.global_batch_size // config.train.accumulate_steps // cluster.num_ranks)
 
     def resize(to: ClusterSpec, local_batch_size: int) -> Job:
