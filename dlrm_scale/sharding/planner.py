@@ -87,7 +87,7 @@ def find_plan(
 
 def rounds_for(problem: Problem) -> int:
     """Enough that more gains little (docs/results/planner.md), and a few seconds at most."""
-    return int(np.clip(250_000 / (len(problem.units) + problem.num_ranks), 100, 3000))
+    return int(np.clip(160_000 / (len(problem.units) + problem.num_ranks), 100, 3000))
 
 
 def make_plan(request: PlanRequest, prepared: Prepared, found: Found, bound: Bound) -> Plan:
