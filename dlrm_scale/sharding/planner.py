@@ -87,7 +87,8 @@ def find_plan(
 
 def rounds_for(problem: Problem) -> int:
     """Enough that more gains little (docs/results/planner.md), and a few seconds at most."""
-    return int(np.clip(160_000 / (len(problem.units) + problem.num_ranks), 100, 3000))
+    num_units = len(problem.units)
+    return int(np.clip(160_000 / (num_units + problem.num_ranks), 100, min(3000, 100 * num_units)))
 
 
 def make_plan(request: PlanRequest, prepared: Prepared, found: Found, bound: Bound) -> Plan:

@@ -141,8 +141,8 @@ def check_equals_torchrec(request: PlanRequest) -> None:
 
 @pytest.mark.parametrize("machines", CLUSTERS.values(), ids=CLUSTERS)
 def test_every_shard_has_torchrecs_size_cost_and_bytes(machines):
-    for seed in range(5):
-        check_equals_torchrec(random_request(seed, cluster(*machines)))
+    for seed in range(4):
+        check_equals_torchrec(random_request(seed, cluster(*machines), num_tables=9))
 
 
 @pytest.mark.parametrize("machines", CLUSTERS.values(), ids=CLUSTERS)

@@ -197,7 +197,7 @@ def test_the_trainer_plans_for_the_cluster_that_the_configuration_names(tmp_path
     mine = this_cluster(2, 2, "cpu")
     slow = mine.model_copy(update={"intra_host_gb_per_s": Figure(value=0.1, source="measured: here")})
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(slow.model_dump(mode="json", exclude_defaults=True)))
-    config = tiny_config(sharding={"cluster": str(tmp_path / "mine.yaml")})
+    config = tiny_config(sharding={"cluster": str(tmp_path / "mine.yaml"), "search_seconds": 0.1})
     two_ranks = SimpleNamespace(world_size=2, ranks_per_host=2, device=torch.device("cpu"))
     assert make_plan(config, two_ranks).request.cluster == slow
     assert make_plan(tiny_config(), two_ranks).request.cluster == mine

@@ -262,7 +262,7 @@ def test_what_no_memory_together_can_hold_is_proven(tmp_path, capsys):
     assert main([*of_tables(tmp_path, "huge.csv"), "--cluster", "8xh100"]) == 1
     said = capsys.readouterr().err
     assert "no sharding plan fits" in said and "table huge" in said and "host memory" in said and "would fit" in said
-    (tmp_path / "many.csv").write_text(HEAD + "".join(f"t{i},80000000,128,1,,,,\n" for i in range(90)))
+    (tmp_path / "many.csv").write_text(HEAD + "".join(f"t{i},360000000,128,1,,,,\n" for i in range(20)))
     assert main([*of_tables(tmp_path, "many.csv"), "--cluster", "8xh100"]) == 1
     said = capsys.readouterr().err
     assert "no sharding plan fits" in said and "device and host memory together" in said

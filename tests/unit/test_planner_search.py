@@ -37,8 +37,8 @@ def names(request: PlanRequest) -> list[str]:
 @pytest.mark.parametrize("fill", [None, 0.9])
 def test_search_is_near_the_exact_optimum_and_the_bound_is_below_it(fill, objective):
     ratios = []
-    for seed in range(3):
-        request = random_request(num_tables=5, num_ranks=2 + 2 * (seed % 2), seed=seed)
+    for seed, num_ranks in ((0, 2), (2, 2), (1, 4)):
+        request = random_request(num_tables=5 if num_ranks == 2 else 4, num_ranks=num_ranks, seed=seed)
         request = with_rules(filled(request, fill) if fill else request, objective=objective)
         prepared = prepare(request)
         exact = exact_optimum(prepared.problem, seconds=20)
@@ -105,9 +105,9 @@ def test_same_seed_same_plan_and_no_rule_of_the_clock(request_26, plan_26):
 
 def test_more_rounds_are_never_worse_and_a_short_limit_is_told(request_26, plan_26):
     hurried = with_rules(request_26, search_seconds=0.01)
-    planned = find_plan(hurried, num_rounds=10_000_000)
+    planned = find_plan(hurried, num_rounds=1_000_000)
     assert planned.found.cut_short
-    assert find_plan(request_26, num_rounds=600).plan.score_ms <= plan_26.score_ms * (1 + 1e-9)
+    assert find_plan(request_26, num_rounds=300).plan.score_ms <= plan_26.score_ms * (1 + 1e-9)
 
 
 def test_every_rule_on_places_is_kept(request_26):
