@@ -74,7 +74,7 @@ class CheckpointFolder:
         valid = [step for step in self.steps() if step <= newest and step not in self.bad_steps]
         keep = set(valid[: self.keep_last])
         keep |= {step for step in valid if self.keep_every_steps and step % self.keep_every_steps == 0}
-        gone = [step for step in self.steps() if step not in keep]
+        gone = [step for step in self.steps() if step not in keep and (step <= newest or step in self.bad_steps)]
         for step in gone:
             self._discard(step)
             self.bad_steps.discard(step)

@@ -17,4 +17,7 @@ def end_with_launcher() -> None:
     SIGKILL, as a rank may be stopped or stuck; checkpoints are made to survive it.
     """
     if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+        launcher = os.getppid()
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != launcher:  # it ended meanwhile
+            os.kill(os.getpid(), signal.SIGKILL)

@@ -68,8 +68,13 @@ class Packing:
     # ---------------------------------------------------------------- scores
     @property
     def score_ms(self) -> float:
-        """The true score: the sum over channels of the largest rank's milliseconds, and the churn."""
-        return float(self.use_KR[: self.problem.num_channels].max(axis=1).sum()) + self.churn_ms
+        """The true score: the sum over channels of the largest rank's milliseconds."""
+        return float(self.use_KR[: self.problem.num_channels].max(axis=1).sum())
+
+    @property
+    def preferred_ms(self) -> float:
+        """What plans are chosen by: the score, and what leaving the previous plan costs."""
+        return self.score_ms + self.churn_ms
 
     @property
     def overflow(self) -> float:

@@ -4,9 +4,11 @@ The file is the only meeting point of the planner and the trainer. It carries it
 for other tables or other ranks is refused with the difference.
 """
 
+import hashlib
+import json
 import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
@@ -19,12 +21,14 @@ from dlrm_scale.config import (
     RunConfig,
     ShardingConfig,
     SparseOptimizerName,
+    TableSharding,
     check_num_ranks,
 )
 from dlrm_scale.config_io import fingerprint
 from dlrm_scale.errors import PlanError
 from dlrm_scale.strict import Strict
 
+DIGEST = "digest"
 BY_ROW = ("row_wise", "table_row_wise", "grid_shard")
 Collection = Literal["bags", "sequences"]
 
@@ -142,10 +146,15 @@ def plan_request(
 
 
 def save_plan(plan: Plan, path: str | Path) -> None:
-    path = Path(path)
+    """As JSON, with the digest of all the rest as its last key."""
+    path, tree = Path(path), plan.model_dump(mode="json")
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(plan.model_dump_json(indent=1) + "\n")
+    temporary.write_text(json.dumps(tree | {DIGEST: _digest(tree)}, indent=1) + "\n")
     temporary.replace(path)
+
+
+def _digest(tree: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def load_plan(path: str | Path, request: PlanRequest) -> Plan:
@@ -155,12 +164,16 @@ def load_plan(path: str | Path, request: PlanRequest) -> Plan:
         PlanError: unreadable, not a plan, altered by hand, or made for other tables or ranks, with the difference.
     """
     try:
-        plan = Plan.model_validate_json(Path(path).read_bytes())
+        tree = json.loads(Path(path).read_bytes())
+        digest = tree.pop(DIGEST, None) if isinstance(tree, dict) else None
+        plan = Plan.model_validate_json(json.dumps(tree))
     except OSError as e:
         raise PlanError(
             f"cannot read the plan {path}: {e.strerror}; name a plan.json that the planner or an earlier run wrote"
         ) from None
-    except ValidationError as e:
+    except ValueError as e:
+        if not isinstance(e, ValidationError):
+            raise PlanError(f"{path} is not a plan: it is no JSON ({e}); plan again") from None
         first = e.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"])
         raise PlanError(
@@ -192,6 +205,11 @@ def load_plan(path: str | Path, request: PlanRequest) -> Plan:
         raise PlanError(
             f"{path}: grid_shard of table {', '.join(mean_grids)}, which pools by mean, gives wrong sums in TorchRec 1.8.0; plan again"
         )
+    if digest != _digest(tree):
+        raise PlanError(
+            f"{path} was altered, so that its figures need not be those of its tables; plan again, with rules in "
+            "sharding.tables (types, ranks, pin, ...) for what is to be another way"
+        )
     return plan
 
 
@@ -215,6 +233,21 @@ def _differences(planned: PlanRequest, asked: PlanRequest) -> list[str]:
     if had != has:
         lines.append(f"sharding.replica_groups is {had} in the plan, {has} here")
     return lines
+
+
+def rule_differences(made_for: PlanRequest, asked: PlanRequest) -> list[str]:
+    """How the rules that a plan was made under differ from those that are asked for now."""
+    then, now = made_for.sharding, asked.sharding
+    pairs = [
+        (f"sharding.{name}", getattr(then, name), getattr(now, name))
+        for name in ("objective", "storage_reserve", "replica_sync_steps", "together", "apart")
+    ]
+    for table in sorted(set(then.tables) | set(now.tables)):
+        had, has = (sharding.tables.get(table, TableSharding()) for sharding in (then, now))
+        pairs += [
+            (f"sharding.tables.{table}.{n}", getattr(had, n), getattr(has, n)) for n in TableSharding.model_fields
+        ]
+    return [f"{name} is {had} there, {has} here" for name, had, has in pairs if had != has]
 
 
 def _check_tables(plan: Plan, path: str | Path) -> None:
@@ -252,7 +285,14 @@ def _fault(table: TablePlan, spec: TableSpec, cluster: ClusterSpec) -> str | Non
     if (table.cache_load_factor is None) != (table.compute_kernel != "fused_uvm_caching"):
         return f"cache_load_factor {table.cache_load_factor} does not go with kernel {table.compute_kernel}"
     if replicated:
-        return "data_parallel has no shards, but some are given" if table.shards else None
+        if table.shards:
+            return "data_parallel has no shards, but some are given"
+        everywhere = table.ranks == tuple(range(num_ranks))
+        return (
+            None
+            if everywhere
+            else f"data_parallel lies on all {num_ranks} ranks, but these are {list(table.ranks)[:8]}"
+        )
     if tuple(s.rank for s in table.shards) != table.ranks:
         return f"its ranks {list(table.ranks)} are not those of its shards"
     area = sum(s.num_rows * s.num_columns for s in table.shards)

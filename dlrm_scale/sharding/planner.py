@@ -92,6 +92,7 @@ def rounds_for(problem: Problem) -> int:
 
 
 def make_plan(request: PlanRequest, prepared: Prepared, found: Found, bound: Bound) -> Plan:
+    assert bound.ms <= found.score_ms * (1 + 1e-9), f"a bound of {bound.ms} ms, and a plan of {found.score_ms}"
     tables, at = {}, {}
     for unit, placed in zip(prepared.problem.units, found.placed, strict=True):
         choice = unit.choices[placed.choice]

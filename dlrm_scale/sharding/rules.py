@@ -43,7 +43,7 @@ def check_rules(request: PlanRequest) -> None:
         for a, b in combinations(tables, 2):
             if a in of_group and b in of_group[a]:
                 raise ConfigError(f"sharding.together and sharding.apart both have tables {a} and {b}; take one out")
-            _check_pins_apart(request, a, b)
+            _check_pins_apart(request, of_group.get(a, (a,)), of_group.get(b, (b,)))
     for name, rules in sharding.tables.items():
         for field, limit in (("ranks", cluster.num_ranks), ("avoid_ranks", cluster.num_ranks), ("pin", cluster.num_ranks),
                              ("hosts", cluster.num_hosts), ("avoid_hosts", cluster.num_hosts)):  # fmt: skip
@@ -72,12 +72,24 @@ def _check_replicas(request: PlanRequest) -> None:
         )
 
 
-def _check_pins_apart(request: PlanRequest, a: str, b: str) -> None:
-    pins = [set(t.pin) if (t := request.sharding.tables.get(name)) and t.pin else set() for name in (a, b)]
+def _check_pins_apart(request: PlanRequest, a: tuple[str, ...], b: tuple[str, ...]) -> None:
+    """Of two tables, each with those that must be with it."""
+    pins = [{rank for name in group for rank in _pin(request, name) or ()} for group in (a, b)]
     if pins[0] & pins[1]:
         raise ConfigError(
-            f"sharding.apart keeps tables {a} and {b} apart, but both are pinned to rank {sorted(pins[0] & pins[1])}"
+            f"sharding.apart keeps tables {', '.join(a)} and {', '.join(b)} apart, but both are pinned to rank "
+            f"{sorted(pins[0] & pins[1])}; take one of these rules out"
         )
+
+
+def _check_group_pin(request: PlanRequest, group: tuple[str, ...], allowed: np.ndarray) -> None:
+    for name in group:
+        forbidden = sorted(rank for rank in _pin(request, name) or () if not allowed[rank])
+        if forbidden:
+            raise ConfigError(
+                f"sharding.tables.{name}: pin puts it on rank {forbidden}, which ranks, hosts or avoid_* of a table that must be "
+                f"together with it ({', '.join(group)}) forbid; take one of these rules out"
+            )
 
 
 def allowed_ranks(request: PlanRequest, table: str) -> np.ndarray:
@@ -110,6 +122,7 @@ def make_units(request: PlanRequest, cutter: Cutter) -> tuple[Unit, ...]:
     units = []
     for u, group in enumerate(members):
         allowed = np.logical_and.reduce([allowed_ranks(request, name) for name in group])
+        _check_group_pin(request, group, allowed)
         tables = tuple(index[name] for name in group)
         choices = _choices(request, cutter, tables, group)
         if not allowed.all() or u in apart:

@@ -46,10 +46,11 @@ FITS = 1e-12  # overflow below this is rounding
 
 @dataclass
 class Found:
-    """The best plan so far: `placed` by unit, and how it came about."""
+    """The best plan so far: `placed` by unit, and how it came about. `preferred_ms`: the score, and the churn."""
 
     placed: tuple[Placed, ...] | None = None
     score_ms: float = math.inf
+    preferred_ms: float = math.inf
     overflow: float = math.inf
     from_start: str = ""
     num_rounds: int = 0
@@ -61,9 +62,9 @@ class Found:
     def fits(self) -> bool:
         return self.overflow <= FITS
 
-    def is_better(self, overflow: float, score_ms: float) -> bool:
+    def is_better(self, overflow: float, preferred_ms: float) -> bool:
         overflow = 0.0 if overflow <= FITS else overflow
-        return (overflow, score_ms) < (0.0 if self.fits else self.overflow, self.score_ms * (1 - 1e-12))
+        return (overflow, preferred_ms) < (0.0 if self.fits else self.overflow, self.preferred_ms * (1 - 1e-12))
 
 
 class Search:
@@ -95,7 +96,7 @@ class Search:
         packings = []
         for name, packing in self._starts():
             self._note(packing, name)
-            packings.append((packing.score_ms + packing.overflow * self._scale(), len(packings), name, packing))
+            packings.append((packing.preferred_ms + packing.overflow * self._scale(), len(packings), name, packing))
             if self.found.cut_short:
                 break
         if not packings:
@@ -118,7 +119,7 @@ class Search:
         return self.found
 
     def _over(self) -> bool:
-        if self.found.fits and self.found.score_ms <= self.bound.ms * (1 + CLOSE_ENOUGH):
+        if self.found.fits and self.found.preferred_ms <= self.bound.ms * (1 + CLOSE_ENOUGH):
             return True
         if time.monotonic() > self.deadline:
             self.found.cut_short = True
@@ -126,13 +127,13 @@ class Search:
         return False
 
     def _note(self, packing: Packing, name: str) -> None:
-        overflow, score_ms = packing.overflow, packing.score_ms
-        if self.found.is_better(overflow, score_ms):
+        overflow, preferred_ms = packing.overflow, packing.preferred_ms
+        if self.found.is_better(overflow, preferred_ms):
             found = self.found
-            found.placed, found.score_ms, found.from_start = tuple(packing.placed), score_ms, name
-            found.overflow = overflow
+            found.placed, found.score_ms, found.from_start = tuple(packing.placed), packing.score_ms, name
+            found.overflow, found.preferred_ms = overflow, preferred_ms
             found.seconds_to_best = time.monotonic() - self.started
-            found.history.append((found.seconds_to_best, score_ms))
+            found.history.append((found.seconds_to_best, found.score_ms))
 
     # ---------------------------------------------------------------- starts
     def _starts(self) -> Iterator[tuple[str, Packing]]:
@@ -142,7 +143,7 @@ class Search:
         seen: set[bytes] = set()
         most = max(LEAST_STARTS, MOST_STARTED // len(self.problem.units))
         for name, chosen in islice(chain(self._priced(), [("all open", None)]), most):
-            if self._over() or (self.found.fits and self.found.score_ms <= self.bound.ms * (1 + CLOSE_START)):
+            if self._over() or (self.found.fits and self.found.preferred_ms <= self.bound.ms * (1 + CLOSE_START)):
                 break
             key = b"" if chosen is None else chosen.tobytes()
             if key in seen:
@@ -151,7 +152,7 @@ class Search:
             packing = self._pack(None if chosen is None else chosen - self.totals.start_U)
             if packing is not None:
                 yield name, packing
-        beat_ms = lambda: self.found.score_ms if self.found.fits else math.inf  # noqa: E731
+        beat_ms = lambda: self.found.preferred_ms if self.found.fits else math.inf  # noqa: E731
         for name, placed in torchrec_plans(self.problem, self.totals, beat_ms):
             yield name, self._packing(placed)
 
@@ -296,6 +297,7 @@ class Search:
             return
         packing = self._packing(found.placed, balance_bytes=True)
         limit_ms, failures = max(found.score_ms, packing.score_ms), 0
+        limit_host_bytes = float(packing.use_KR[-1].sum()) * (1 + FITS)  # nothing moves there only to be level
         while failures < LEVEL_FAILURES and time.monotonic() < self.deadline:
             saved, before, was = packing.save(), list(packing.placed), packing.bytes_norm
             fullest, emptiest = (
@@ -310,6 +312,7 @@ class Search:
                 placed
                 and packing.score_ms <= limit_ms
                 and packing.overflow <= FITS
+                and packing.use_KR[-1].sum() <= limit_host_bytes
                 and packing.bytes_norm < was * (1 - LEVEL_GAIN)
             ):
                 failures = 0

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from rich.console import Console
 
 from dlrm_scale.checkpoint.commit import CheckpointFolder
+from dlrm_scale.checkpoint.files import is_local
 from dlrm_scale.checkpoint.manifest import Manifest
 from dlrm_scale.cluster import ClusterSpec, check_ranks, load_cluster, this_cluster
 from dlrm_scale.config import RunConfig, check_num_ranks
@@ -26,7 +27,7 @@ from dlrm_scale.resilience.goodput import EventLog
 from dlrm_scale.resilience.preemption import Preemption
 from dlrm_scale.resilience.watchdog import Watchdog
 from dlrm_scale.sharding.apply import shard_model
-from dlrm_scale.sharding.plan import Plan, PlanRequest, load_plan, plan_request, save_plan
+from dlrm_scale.sharding.plan import Plan, PlanRequest, load_plan, plan_request, rule_differences, save_plan
 from dlrm_scale.sharding.planner import find_plan
 from dlrm_scale.training.checkpoints import RunCheckpoints, checkpoint_folder
 from dlrm_scale.training.keepers import Keepers
@@ -99,7 +100,10 @@ def prepare(config: RunConfig, rank: Rank, folder: RunFolder) -> Prepared:
         source = open_source(config.data, config.features, split, config.seed)
         if source is not None and not isinstance(source, SyntheticSource):  # what is generated cannot be bad
             preflight(source, config.data.preflight_rows)
-    plan = make_plan(config, rank, _newest_plan(checkpoint_folder(config, str(folder.path))))
+    checkpoints = checkpoint_folder(config, str(folder.path))
+    if is_local(checkpoints.path):
+        folder.hold(Path(checkpoints.path))
+    plan = make_plan(config, rank, _newest_plan(checkpoints))
     folder.claim()
     return Prepared(folder.path, plan, folder.left_out())
 
@@ -114,7 +118,14 @@ def make_plan(config: RunConfig, rank: Rank, earlier: Plan | None = None) -> Pla
     model = build_model(config, dense_device=META)  # also where features that do not suit the arch show
     request = plan_request(config, _cluster(config, rank), model.num_dense_parameters)
     if config.sharding.plan is not None:
-        return load_plan(config.sharding.plan, request)
+        plan = load_plan(config.sharding.plan, request)
+        if differences := rule_differences(plan.request, request):
+            print(
+                f"note: {config.sharding.plan} is followed as it is, though it was made under other rules:", flush=True
+            )
+        for difference in differences:
+            print(f"  {difference}", flush=True)
+        return plan
     if earlier is not None and answers(earlier, request):
         return earlier
     try:
@@ -172,7 +183,9 @@ def _train_or_roll_back(job: "Job") -> TrainResult:
         except RollbackRequested as request:
             folder = checkpoint_folder(job.config, str(job.prepared.run_dir))
             step, left_out = request.step, job.prepared.left_out_steps
-            if step in left_out or from_first_rank(not folder.steps()):
+            if step in left_out:
+                raise DivergedError(f"{request}, though that step was left out") from None
+            if from_first_rank(not folder.steps()):
                 raise DivergedError(f"{request}; there is no checkpoint to go back to") from None
             left_out.add(step)
             if job.folder:

@@ -6,7 +6,7 @@ import os
 import re
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from dlrm_scale.config import RunConfig
 from dlrm_scale.config_io import dump_config, fingerprint, load_config
@@ -35,7 +35,8 @@ class RunFolder:
     """
 
     def __init__(self, config: RunConfig) -> None:
-        self.config, self.path, self.lock = config, _run_dir(config), None
+        self.config, self.path = config, _run_dir(config)
+        self.locks: dict[Path, IO[str]] = {}
         self.holds_run = (self.path / CONFIG).exists()
         try:
             if self.holds_run:
@@ -64,10 +65,19 @@ class RunFolder:
         except OSError as e:
             raise self._unwritable(e) from None
 
+    def hold(self, folder: Path) -> None:
+        """Keeps other runs out of another folder that this run alone may write to. Raises ConfigError: one is in there."""
+        if not folder.resolve().is_relative_to(self.path.resolve()):
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                self.locks[folder] = _lock(folder, "checkpoint.dir")
+            except OSError as e:
+                raise self._unwritable(e) from None
+
     def close(self) -> None:
-        if self.lock is not None:
-            self.lock.close()
-            self.lock = None
+        for lock in self.locks.values():
+            lock.close()
+        self.locks = {}
 
     def is_finished(self) -> bool:
         """Whether the run has ended, and was not made longer since. Its record is then in `output.records`."""
@@ -97,24 +107,26 @@ class RunFolder:
         append_line(self.config.output.records, line)
 
     def _take_lock(self) -> None:
-        if self.lock is not None:
-            return
-        lock = (self.path / LOCK).open("a")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.close()
-            raise ConfigError(
-                f"output.dir {self.path} is in use by a run that is still going; wait for it, stop it, or name another folder: "
-                "output.dir=runs/another"
-            ) from None
-        self.lock = lock
+        if self.path not in self.locks:
+            self.locks[self.path] = _lock(self.path, "output.dir")
 
     def _unwritable(self, e: OSError) -> ConfigError:
         where = e.filename or self.path
         return ConfigError(
             f"cannot write to {where}: {e.strerror}; name another place: output.dir=... output.records=..."
         )
+
+
+def _lock(folder: Path, key: str) -> IO[str]:
+    lock = (folder / LOCK).open("a")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise ConfigError(
+            f"{key} {folder} is in use by a run that is still going; wait for it, stop it, or name another folder: {key}=..."
+        ) from None
+    return lock
 
 
 def refuse_differences(then: dict[str, Any], now: dict[str, Any], where: str) -> None:

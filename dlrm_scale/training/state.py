@@ -192,6 +192,8 @@ class RankState:
         parts = [
             Part(f"ranks/{name}", (rank.world_size, len(row)), (rank.index, 0), row[None]) for name, row in rows.items()
         ]
+        if not self.window.batches:  # nothing was learned from yet: all micro-batches so far were skipped
+            return parts
         for name, columns in zip(Predictions._fields, zip(*self.window.batches, strict=True), strict=True):
             stacked = torch.stack(columns)
             local = stacked.shape[1]
@@ -237,7 +239,7 @@ class RankState:
 
     def _read_window(self, reading: Reading, saved: dict[str, Saved]) -> None:
         columns = {}
-        for name in Predictions._fields:
+        for name in Predictions._fields if any(key.startswith("window/") for key in saved) else ():
             key = f"window/{name}"
             dtype, (num_batches, global_batch, *rest) = saved[key].dtype, saved[key].size
             local = global_batch // self.rank.world_size
@@ -247,7 +249,7 @@ class RankState:
 
         def refill() -> None:
             self.window.clear()
-            for batch in zip(*(columns[name] for name in Predictions._fields), strict=True):
+            for batch in zip(*columns.values(), strict=True):
                 self.window.add(Predictions(*batch))
 
         reading.then.append(refill)

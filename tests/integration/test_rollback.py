@@ -16,6 +16,20 @@ STEP = 5  # counted from 0; saves are every fourth step
 SHORT = ("train.max_steps=14", "resilience.watchdog_seconds=120")
 
 
+@pytest.mark.timeout(200)
+def test_a_save_before_anything_was_learned_can_be_gone_on_from(tmp_path):
+    runner = Runner(tmp_path, "configs/quickstart.yaml", SMALL_STEPS + SHORT, launch_seconds=120)
+    faults = (Fault("nan", 0, "batch", 1),)
+    job = Job("skip", (Launch(faults),), ("train.nonfinite=skip", "checkpoint.every_steps=1", "train.max_steps=1"))
+    (ended,) = runner.run(job, "run", np.random.default_rng(0))
+    assert ended.problem is None, ended.output
+    longer = Job("skip", (Launch(),), ("train.nonfinite=skip", "train.max_steps=3"))
+    (ended,) = runner.run(longer, "run", np.random.default_rng(0))
+    assert ended.problem is None and "resumed from" in ended.output, ended.output
+    record = json.loads((tmp_path / "run.jsonl").read_text().splitlines()[-1])
+    assert record["skipped_micro_batches"] == 1 and record["num_steps"] == 3
+
+
 @pytest.mark.timeout(300)
 def test_a_rollback_ends_with_the_bytes_of_a_skip(tmp_path, capsys):
     runner = Runner(tmp_path, "configs/quickstart.yaml", SMALL_STEPS + SHORT, launch_seconds=120)

@@ -240,6 +240,13 @@ def test_a_checkpoint_found_bad_is_not_counted_as_kept(run):
     assert run.folder.steps() == [25, 20]
 
 
+def test_newer_checkpoints_that_nobody_found_bad_are_not_deleted(tmp_path):
+    run = Run(tmp_path, mode="sync", keep_last=1)
+    for step in (30, 10):
+        run.save(step)
+    assert run.folder.steps() == [30, 10]
+
+
 def test_a_full_disk_leaves_the_checkpoint_before_and_says_so_until_too_many_fail(tmp_path, monkeypatch):
     monkeypatch.setenv(full_disk.ROOT, str(tmp_path))
     monkeypatch.setenv(full_disk.LEFT, "20000")

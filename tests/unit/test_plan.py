@@ -98,6 +98,10 @@ def test_plan_of_another_model_or_cluster_is_refused_with_the_difference(two_ran
         (lambda plan: plan["tables"].update(more=plan["tables"]["item"]), "more"),
         (lambda plan: plan.pop("ranks"), "not a plan"),
         (lambda plan: plan.update(extra=1), "not a plan"),
+        (lambda plan: plan.update(score_ms=1e-9), "was altered"),
+        (lambda plan: plan["ranks"].pop(), "was altered"),
+        (lambda plan: plan["ranks"][0]["step_ms"].update(fwd_compute=0.0), "was altered"),
+        (lambda plan: plan.pop("digest"), "was altered"),
     ],
 )
 def test_plan_that_was_spoilt_is_refused(two_ranks_plan, tmp_path, spoil, said):
@@ -206,3 +210,15 @@ def test_the_trainer_plans_for_the_cluster_that_the_configuration_names(tmp_path
         ConfigError, match=r"mine.yaml, which is not of these ranks: num_ranks is 2 there, 4 here; name"
     ):
         make_plan(config, four_ranks)
+
+
+def test_rules_that_a_replayed_plan_does_not_follow_are_told(two_ranks_plan, tmp_path, capsys):
+    plan, request = two_ranks_plan
+    save_plan(plan, tmp_path / "plan.json")
+    ranks = SimpleNamespace(world_size=2, ranks_per_host=2, device=torch.device("cpu"))
+    other = {"plan": str(tmp_path / "plan.json"), "tables": {"user": {"types": ["data_parallel"]}}}
+    had = request.sharding.tables.get("user")
+    assert had is None or had.types != ("data_parallel",)
+    assert make_plan(tiny_config(sharding=other), ranks) == plan
+    said = capsys.readouterr().out
+    assert "followed as it is" in said and "sharding.tables.user.types is" in said and "('data_parallel',) here" in said

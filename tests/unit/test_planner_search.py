@@ -145,6 +145,8 @@ def test_every_rule_on_places_is_kept(request_26):
         ({"table_0000": {"pin": (99,)}}, {}, r"table_0000.pin has \[99\], but the cluster has 0 to 15"),
         ({"table_0000": {"ranks": (1,), "avoid_ranks": (1,)}}, {}, r"leave table table_0000 no rank"),
         ({"table_0000": {"ranks": (1,), "pin": (2,)}}, {}, r"pin puts a shard on rank \[2\]"),
+        ({"table_0000": {"pin": (3,)}, "table_0001": {"avoid_ranks": (3,)}}, {"together": (("table_0000", "table_0001"),)}, r"pin puts it on rank \[3\], which .* together with it"),
+        ({"table_0000": {"pin": (2,)}, "table_0002": {"pin": (2,)}}, {"together": (("table_0000", "table_0001"),), "apart": (("table_0001", "table_0002"),)}, r"both are pinned to rank \[2\]"),
         ({"table_0000": {"pin": (2,)}, "table_0001": {"pin": (2,)}}, {"apart": (("table_0000", "table_0001"),)}, r"both are pinned to rank \[2\]"),
         ({"table_0000": {"pin": (2,)}, "table_0001": {"pin": (3,)}}, {"together": (("table_0000", "table_0001"),)}, r"their pins are \[\(2,\), \(3,\)\]"),
     ],
@@ -205,6 +207,14 @@ def test_keeping_close_moves_less_and_costs_no_more_than_it_saves(request_26, pl
         with_rules(grown, keep_close_to=str(tmp_path / "plan.json"), churn_ms_per_gb=1e6), seed=1, num_rounds=100
     ).plan
     assert not changes(plan_26, close), "at such a price nothing may move"
+    first = names(request_26)[0]
+    other = {"types": ("table_wise" if plan_26.tables[first].sharding_type == "row_wise" else "row_wise",)}
+    halfway = find_plan(
+        with_rules(grown, {first: other}, keep_close_to=str(tmp_path / "plan.json"), churn_ms_per_gb=1e3), num_rounds=20
+    ).plan
+    assert changes(plan_26, halfway), "it must move"
+    busiest = max(sum(ms for s, ms in load.step_ms.items() if s != "input_dist_comms") for load in halfway.ranks)
+    assert halfway.score_ms == pytest.approx(busiest), "what moving costs is in the choice, not in the score"
     assert sum(c.moved_bytes for c in changes(plan_26, free)) > 0
 
 

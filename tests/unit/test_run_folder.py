@@ -63,6 +63,18 @@ def test_of_two_runs_that_begin_at_once_one_gets_the_folder(tmp_path):
     one.close()
 
 
+def test_two_runs_never_share_a_folder_of_checkpoints(tmp_path):
+    one = begun(tmp_path / "one")
+    one.hold(tmp_path / "checkpoints")
+    one.hold(one.path / "checkpoints")  # within its own folder: held already
+    other = begun(tmp_path / "other")
+    with pytest.raises(ConfigError, match=r"checkpoint.dir .* is in use by a run"):
+        other.hold(tmp_path / "checkpoints")
+    one.close()
+    other.hold(tmp_path / "checkpoints")
+    other.close()
+
+
 def test_a_folder_of_something_else_is_left_alone(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").touch()

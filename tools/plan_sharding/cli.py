@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from dlrm_scale.cluster import ClusterSpec, load_cluster
+from dlrm_scale.config import TableSharding
 from dlrm_scale.config_io import load_config
 from dlrm_scale.errors import ConfigError, NoPlanError, UserError
 from dlrm_scale.sharding.explain import changes, explain
@@ -116,7 +117,8 @@ def _run(args: argparse.Namespace, console: Console, report: Console) -> int:
     if args.explain:
         costs = explain(prepare(job.request), plan, args.explain)
         result["explain"] = show.as_json(costs)
-        show.explain_table(report, args.explain, costs)
+        narrowed = job.request.sharding.tables.get(args.explain, TableSharding()).types
+        show.explain_table(report, args.explain, costs, narrowed)
     if earlier:
         result["compare"] = _compare(earlier, plan)
         show.compare_table(report, args.compare, earlier, plan)

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from dlrm_scale.sharding.explain import OptionCost, changes
 from dlrm_scale.sharding.options import STAGES
-from dlrm_scale.sharding.plan import Plan, PlanRequest, RankLoad
+from dlrm_scale.sharding.plan import Plan, PlanRequest, RankLoad, rule_differences
 from dlrm_scale.sharding.planner import Planned
 from tools.plan_sharding.jobs import Job
 
@@ -188,7 +188,8 @@ def _ranks(console: Console, plan: Plan) -> None:
     )
 
 
-def explain_table(console: Console, table: str, costs: list[OptionCost]) -> None:
+def explain_table(console: Console, table: str, costs: list[OptionCost], types: Sequence[str] | None) -> None:
+    """`types`: what the configuration narrows the table to; None: nothing."""
     grid = Table(title=f"table {table}: each way to shard it, all else as it is", title_justify="left")
     for column in ("", "sharding, kernel", "shards", "one takes", "ms of one", "score ms"):
         grid.add_column(column, justify="left" if column in ("", "sharding, kernel") else "right")
@@ -197,6 +198,8 @@ def explain_table(console: Console, table: str, costs: list[OptionCost]) -> None
         grid.add_row("*" if cost.is_chosen else "", _way(cost), str(cost.num_shards),
                      size(cost.largest_shard_bytes), ms(cost.largest_shard_ms), score)  # fmt: skip
     console.print(grid)
+    if types:
+        console.print(f"sharding.tables.{table}.types leaves it {', '.join(types)} only")
     if len(costs) > SHOWN_OPTIONS:
         console.print(f"  and {len(costs) - SHOWN_OPTIONS} worse ways: see --json")
     chosen = next(cost for cost in costs if cost.is_chosen)
@@ -243,10 +246,12 @@ def other_request(made_for: PlanRequest, asked: PlanRequest) -> list[str]:
     for name in type(made_for.cluster).model_fields:
         values = [getattr(request.cluster, name) for request in (made_for, asked)]
         pairs.append((f"cluster.{name}", *(getattr(value, "value", value) for value in values)))
-    for name in ("objective", "storage_reserve", "replica_sync_steps"):
-        pairs.append((f"sharding.{name}", getattr(made_for.sharding, name), getattr(asked.sharding, name)))
     said = [f"{name} is {had} there, {has} here" for name, had, has in pairs if had != has]
-    return said + (["its tables' ids, types or pooling differ"] if made_for.tables != asked.tables else [])
+    return (
+        said
+        + rule_differences(made_for, asked)
+        + (["its tables' ids, types or pooling differ"] if made_for.tables != asked.tables else [])
+    )
 
 
 def other_request_note(console: Console, path: str, differences: Sequence[str]) -> None:
