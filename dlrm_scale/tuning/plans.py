@@ -14,11 +14,12 @@ from dlrm_scale.sharding.planner import find_plan
 
 ROUNDS = 50  # of the search: at most 0.1 % above the full search's score where tried, in a tenth of its time
 TRACED_BATCHES = (64, 128)
+PRECISIONS = ("fp32", "bf16")
 
 
 @dataclass(frozen=True)
 class DenseWork:
-    """Of one rank's micro-batch; see `DenseTrace`."""
+    """Of one rank's micro-batch; see `DenseTrace`. `activation_bytes`: in the precision that keeps most, so that a plan serves both."""
 
     num_parameters: int
     activation_bytes: int
@@ -31,7 +32,7 @@ class Plans:
     def __init__(self, rounds: int = ROUNDS) -> None:
         self.rounds = rounds
         self._plans: dict[str, Plan | NoPlanError] = {}
-        self._traces: dict[str, tuple[DenseTrace, DenseTrace]] = {}
+        self._traces: dict[str, tuple[DenseTrace, ...]] = {}
 
     def __len__(self) -> int:
         """How many requests have been planned."""
@@ -39,12 +40,7 @@ class Plans:
 
     def dense(self, config: RunConfig, local_batch_size: int) -> DenseWork:
         """Raises ConfigError: the features do not suit the arch."""
-        parts = [config.features, config.model]
-        text = json.dumps([[p.model_dump(mode="json") for p in parts], config.train.precision], sort_keys=True)
-        key = hashlib.sha256(text.encode()).hexdigest()
-        if key not in self._traces:
-            self._traces[key] = tuple(trace_dense(config, size) for size in TRACED_BATCHES)
-        small, large = self._traces[key]
+        small, large = (self._traced(config, size) for size in TRACED_BATCHES)
 
         def at_batch(few: int, many: int) -> int:
             """Work and bytes are affine in the batch: every term is a sample's or a parameter's."""
@@ -52,10 +48,21 @@ class Plans:
             return round(few + (many - few) * (local_batch_size - low) / (high - low))
 
         return DenseWork(
-            small.num_parameters,
-            at_batch(small.activation_bytes, large.activation_bytes),
-            at_batch(small.forward_flops + small.backward_flops, large.forward_flops + large.backward_flops),
+            small[0].num_parameters,
+            max(at_batch(few.activation_bytes, many.activation_bytes) for few, many in zip(small, large, strict=True)),
+            at_batch(
+                small[0].forward_flops + small[0].backward_flops, large[0].forward_flops + large[0].backward_flops
+            ),
         )
+
+    def _traced(self, config: RunConfig, batch_size: int) -> tuple[DenseTrace, ...]:
+        """One of each precision."""
+        parts = [config.features.model_dump(mode="json"), config.model.model_dump(mode="json"), batch_size]
+        key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+        if key not in self._traces:
+            each = [config.train.model_copy(update={"precision": p}) for p in PRECISIONS]
+            self._traces[key] = tuple(trace_dense(config.model_copy(update={"train": t}), batch_size) for t in each)
+        return self._traces[key]
 
     def plan(self, config: RunConfig, cluster: ClusterSpec) -> Plan:
         """Raises NoPlanError: nothing fits. ConfigError: rules that contradict each other, or ranks that cannot share the batch."""
