@@ -110,9 +110,11 @@ class Space:
 
     def cross(self, one: Point, other: Point, rng: np.random.Generator) -> Point:
         """Each knob from either parent that has it."""
-        parents = zip(self.knobs, (rng.random(len(self.knobs)) < 0.5).tolist(), strict=True)
-        mixed = {name: (one if first else other).get(name) for name, first in parents}
-        known = {name: value for name, value in mixed.items() if value is not None}
+        known = {}
+        for name, first in zip(self.knobs, (rng.random(len(self.knobs)) < 0.5).tolist(), strict=True):
+            parents = [parent for parent in ((one, other) if first else (other, one)) if name in parent]
+            if parents:
+                known[name] = parents[0][name]
         return self._filled(known, rng, Point({}))
 
     def _filled(self, known: Mapping[str, Value], rng: np.random.Generator, not_as: Point) -> Point:
