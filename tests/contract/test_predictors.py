@@ -16,9 +16,9 @@ PREDICTORS: dict[str, Callable[[int], Predictor]] = {
     "neural": lambda seed: NeuralPredictor(seed, Training(steps=60)),
 }
 try:
-    from tools.benchmark.predictor_peers import BoostingPredictor, RidgePredictor
-
     import sklearn  # noqa: F401  (the peers load it when they fit)
+
+    from tools.benchmark.predictor_peers import BoostingPredictor, RidgePredictor
 
     PREDICTORS |= {"linear": RidgePredictor, "boosting": BoostingPredictor}
 except ImportError:  # a development dependency
@@ -33,13 +33,18 @@ def make(request) -> Callable[[int], Predictor]:
 
 def measured(table: FeatureTable, seed: int = 0, num_misfits: int = 0) -> Measured:
     rng = np.random.default_rng(seed)
-    step_ms, fits = true_step_ms(table) * np.exp(0.02 * rng.standard_normal(len(table))), np.ones(len(table), dtype=bool)
+    step_ms, fits = (
+        true_step_ms(table) * np.exp(0.02 * rng.standard_normal(len(table))),
+        np.ones(len(table), dtype=bool),
+    )
     fits[np.argsort(-table.fill_N3.sum(1))[:num_misfits]] = False
     return Measured(np.where(fits, step_ms, np.nan), fits, np.zeros(len(table), dtype=int))
 
 
 def infeasible(table: FeatureTable, row: int) -> FeatureTable:
-    parts = [getattr(table, name).copy() for name in ("terms_NK", "extras_NE", "inputs_NF", "global_batch_N", "fill_N3")]
+    parts = [
+        getattr(table, name).copy() for name in ("terms_NK", "extras_NE", "inputs_NF", "global_batch_N", "fill_N3")
+    ]
     for part in parts:
         part[row] = np.nan
     return FeatureTable(*parts)

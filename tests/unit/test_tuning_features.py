@@ -37,7 +37,9 @@ def test_the_analytic_step_is_the_sum_of_its_parts(plans):
     for accumulate, threads in ((1, 1), (2, 4)):
         point = space.point({"ranks": 1, "batch": 64, "pipeline": "none"})
         job = space.job(point)
-        config = job.config.model_copy(update={"train": job.config.train.model_copy(update={"accumulate_steps": accumulate})})
+        config = job.config.model_copy(
+            update={"train": job.config.train.model_copy(update={"accumulate_steps": accumulate})}
+        )
         plan = plans.plan(config, job.cluster)
         work = plans.dense(config, 64 // accumulate)
         types = {name: table.sharding_type for name, table in plan.tables.items()}

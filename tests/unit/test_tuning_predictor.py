@@ -48,7 +48,11 @@ def test_it_learns_costs_that_the_analytic_model_leaves_out(fitted):
     before = np.abs(table.analytic_ms_N / truth - 1)
     assert np.median(before) > 0.3 and np.median(error) < 0.06
     cost, predicted = truth / table.global_batch_N, prediction.log_ms_N - np.log(table.global_batch_N)
-    assert kendalltau(cost, predicted).statistic > 0.9 > kendalltau(cost, table.analytic_ms_N / table.global_batch_N).statistic
+    assert (
+        kendalltau(cost, predicted).statistic
+        > 0.9
+        > kendalltau(cost, table.analytic_ms_N / table.global_batch_N).statistic
+    )
 
 
 def test_nine_in_ten_measurements_lie_in_the_interval(fitted):
@@ -99,7 +103,9 @@ def test_a_saved_predictor_predicts_the_same(tmp_path, fitted):
 def test_one_that_has_not_learned_is_saved_too(tmp_path):
     NeuralPredictor().save(tmp_path / "p.pt", "none")
     table = random_table(5, 0)
-    np.testing.assert_allclose(NeuralPredictor.load(tmp_path / "p.pt").predict(table).log_ms_N, np.log(table.analytic_ms_N))
+    np.testing.assert_allclose(
+        NeuralPredictor.load(tmp_path / "p.pt").predict(table).log_ms_N, np.log(table.analytic_ms_N)
+    )
 
 
 def test_another_feature_version_or_other_records_are_refused(tmp_path, fitted, monkeypatch):

@@ -126,7 +126,10 @@ def test_when_all_trials_failed_their_reasons_are_told(tmp_path, line):
 
 def test_the_fingerprint_is_of_what_was_measured_in_any_order(tmp_path, line):
     faster = line | {"step_ms": {"p10": 1.0, "p50": 2.0, "p90": 3.0}}
-    a, b = (read_records([write(tmp_path / f"{i}.jsonl", *rows)]).records for i, rows in enumerate(((line, faster), (faster, line))))
+    a, b = (
+        read_records([write(tmp_path / f"{i}.jsonl", *rows)]).records
+        for i, rows in enumerate(((line, faster), (faster, line)))
+    )
     assert records_fingerprint(a) == records_fingerprint(b) != records_fingerprint(a[:1])
 
 

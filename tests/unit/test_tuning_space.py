@@ -87,7 +87,11 @@ def test_neighbours_differ_in_one_knob(space):
 
 def test_the_fingerprint_changes_with_the_space():
     other = {**KNOBS, "batch": {**KNOBS["batch"], "high": 128}}
-    prints = {tiny_space().fingerprint, tiny_space(other).fingerprint, tiny_space(machines=cluster("cpu", 4, 2)).fingerprint}
+    prints = {
+        tiny_space().fingerprint,
+        tiny_space(other).fingerprint,
+        tiny_space(machines=cluster("cpu", 4, 2)).fingerprint,
+    }
     assert len(prints) == 3 and tiny_space().fingerprint in prints
 
 
@@ -131,7 +135,10 @@ def test_a_wrong_space_is_refused_with_the_way_out(knobs, said):
 
 def test_a_value_that_only_some_points_take_is_kept():
     """256 samples in 3 micro-batches are refused, 192 are not."""
-    knobs = {"batch": categorical("train.global_batch_size", 192, 256), "parts": categorical("train.accumulate_steps", 1, 3)}
+    knobs = {
+        "batch": categorical("train.global_batch_size", 192, 256),
+        "parts": categorical("train.accumulate_steps", 1, 3),
+    }
     space, plans = tiny_space(knobs), Plans()
     reasons = {(p["batch"], p["parts"]): space.check(p, plans) for p in space.enumerate()}
     assert {at for at, reason in reasons.items() if reason} == {(256, 3)}
@@ -166,7 +173,11 @@ def test_a_point_of_another_space_is_refused(space, values, said):
 
 def test_a_cluster_is_cut_to_whole_hosts():
     machines = cluster("cuda", 16, 8)
-    assert [(c.num_ranks, c.ranks_per_host) for c in (resized(machines, n) for n in (16, 8, 4))] == [(16, 8), (8, 8), (4, 4)]
+    assert [(c.num_ranks, c.ranks_per_host) for c in (resized(machines, n) for n in (16, 8, 4))] == [
+        (16, 8),
+        (8, 8),
+        (4, 4),
+    ]
     with pytest.raises(ConfigError, match="whole hosts"):
         resized(machines, 12)
 
