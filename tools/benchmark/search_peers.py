@@ -45,13 +45,7 @@ class TPESearcher(TellingSearcher):
 
         super().__init__(featuriser, seed)
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        sampler = optuna.samplers.TPESampler(
-            seed=seed,
-            multivariate=True,
-            group=True,
-            constant_liar=True,
-            constraints_func=lambda t: t.user_attrs["broken"],
-        )
+        sampler = optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True, constant_liar=True)
         self.study, self.trials = optuna.create_study(sampler=sampler), {}
 
     def choose(self, k: int) -> list[Point]:
@@ -79,7 +73,7 @@ class TPESearcher(TellingSearcher):
             self._finish(trial, cost, broken=result.step_ms is None)
 
     def _finish(self, trial: Any, cost: float, broken: bool) -> None:
-        trial.set_user_attr("broken", (1.0 if broken else -1.0,))
+        trial.set_constraint("fits", 1.0 if broken else -1.0)  # broken above 0
         self.study.tell(trial, float(cost))
 
     def _batch(self, point: Point) -> float:
