@@ -105,7 +105,7 @@ class PredictorSearcher(TellingSearcher):
 
     def _initial(self, k: int) -> list[Point]:
         """The analytic model's best of a random pool, unless there is one already, and points of its better half far from others."""
-        pool = self.fresh(INITIAL_POOL)
+        pool = self._emptier(self.fresh(INITIAL_POOL))
         if not pool:
             return []
         table = self.featuriser(pool).table
@@ -117,6 +117,18 @@ class PredictorSearcher(TellingSearcher):
             rest = [point for point in better if point not in chosen]
             chosen.append(max(rest, key=lambda point: min(_distance(point, other) for other in others)))
         return chosen
+
+    def _emptier(self, pool: list[Point]) -> list[Point]:
+        """Once something did not fit: points that take less memory by the planner's count, and while nothing ever fitted, the emptier
+        half of those."""
+        misfits = [point for point, result in self.told if result.outcome == "does not fit"]
+        if not misfits or not pool:
+            return pool
+        fill_N = self.featuriser(pool).table.fill_N3.sum(1)
+        most = float(self.featuriser(misfits).table.fill_N3.sum(1).min())
+        if (fill_N < most).any() and not self._starts():
+            most = float(np.median(fill_N[fill_N < most]))
+        return [pool[i] for i in np.flatnonzero(fill_N <= max(most, fill_N.min())).tolist()]
 
     def _starts(self) -> list[Point]:
         """The best runs told, each once."""

@@ -31,7 +31,9 @@ def test_the_dense_arch_is_traced_for_any_batch(plans):
     traced, work = trace_dense(config, 200), plans.dense(config, 200)
     assert work.num_parameters == traced.num_parameters
     assert work.flops == traced.forward_flops + traced.backward_flops
-    in_bf16 = trace_dense(config.model_copy(update={"train": config.train.model_copy(update={"precision": "bf16"})}), 200)
+    in_bf16 = trace_dense(
+        config.model_copy(update={"train": config.train.model_copy(update={"precision": "bf16"})}), 200
+    )
     assert work.activation_bytes == pytest.approx(max(traced.activation_bytes, in_bf16.activation_bytes), rel=1e-6)
 
 
