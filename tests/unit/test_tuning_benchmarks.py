@@ -10,10 +10,9 @@ from rich.console import Console
 
 from dlrm_scale.errors import ConfigError
 from dlrm_scale.tuning.featurise import Featuriser
-from dlrm_scale.tuning.plans import Plans
 from dlrm_scale.tuning.predictor import Prediction
 from dlrm_scale.tuning.searcher import RandomSearcher
-from tests.support.tuning import random_table, tiny_space, true_step_ms
+from tests.support.tuning import PLANS, random_table, tiny_space, true_step_ms
 from tools.benchmark import predictor as predictor_benchmark
 from tools.benchmark import search as search_benchmark
 from tools.benchmark.__main__ import main
@@ -61,7 +60,7 @@ def test_what_is_put_first_but_does_not_fit_is_no_gain():
 @pytest.fixture(scope="module")
 def replay() -> Replay:
     """A step takes as long as its batch is large, and one sample less on two ranks."""
-    featuriser = Featuriser(tiny_space(), Plans())
+    featuriser = Featuriser(tiny_space(), PLANS)
     points = list(featuriser.space.enumerate())
     step_ms = {p: np.nan if p["batch"] == 512 else 1.0 + p["batch"] / p["ranks"] for p in points}
     return Replay("hand made", featuriser, step_ms, {p: ms / p["batch"] for p, ms in step_ms.items()}, noise=0.0)
@@ -111,7 +110,7 @@ def test_one_workload_cannot_be_split_by_workload(monkeypatch, tmp_path, capsys)
     table = random_table(30, 3)
     runs = MeasuredRuns("one", table, true_step_ms(table), np.ones(30, dtype=bool))
     monkeypatch.setattr(predictor_benchmark, "measured_runs", lambda paths, plans: [runs])
-    sizes = ["--sizes", "0", "12", "--seeds", "2", "--predictors", "analytic", "ours"]
+    sizes = ["--sizes", "0", "12", "--seeds", "1", "--predictors", "analytic", "ours"]
     assert main(["predictor", "--records", "r.jsonl", *sizes]) == 2
     assert "set --by-row" in capsys.readouterr().err
     assert main(["predictor", "--records", "r.jsonl", "--by-row", "--json", *sizes]) == 0

@@ -15,14 +15,14 @@ from dlrm_scale.tuning.model_search import OWN_GROUP, known_runs
 from dlrm_scale.tuning.plans import Plans
 from dlrm_scale.tuning.records import Record
 from tests.support.requests import cluster
-from tests.support.tuning import KNOBS, tiny_space, tiny_tree
+from tests.support.tuning import KNOBS, PLANS, tiny_space, tiny_tree
 
 DCN = {"arch": "dlrm_dcnv2", "bottom_hidden": [16], "cross_layers": 1, "cross_rank": 4, "top_hidden": [16]}
 
 
 @pytest.fixture(scope="module")
 def plans():
-    return Plans()
+    return PLANS
 
 
 def test_the_dense_arch_is_traced_for_any_batch(plans):

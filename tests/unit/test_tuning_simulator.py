@@ -3,11 +3,10 @@
 import pytest
 
 from dlrm_scale.tuning.knobs import Point
-from dlrm_scale.tuning.plans import Plans
 from dlrm_scale.tuning.simulator import Simulated, simulate
 from dlrm_scale.tuning.space import Space
 from tests.support.requests import cluster
-from tests.support.tuning import tiny_space
+from tests.support.tuning import PLANS, tiny_space
 
 SINGLE = {"kind": "categorical"}
 KNOBS = {
@@ -24,7 +23,6 @@ BASE = {"ranks": 2, "threads": 1, "batch": 64, "accumulate": 1, "pipeline": "non
     "user": "table_wise",
     "others": "table_wise",
 }
-PLANS = Plans()
 
 
 @pytest.fixture(scope="module")
