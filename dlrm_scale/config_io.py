@@ -29,7 +29,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     """
     tree = read_tree(path, RunConfig, "configuration")
     for override in overrides:
-        _apply(tree, override)
+        apply_override(tree, override)
     return parse_config(tree, origin=f"{path}, as overridden," if overrides else str(path))
 
 
@@ -37,7 +37,7 @@ def parse_overrides(model: type[Model], overrides: list[str]) -> Model:
     """A model from `a.b.c=value` overrides of its defaults alone. Raises ConfigError, as `load_config` does."""
     tree: dict[str, Any] = {}
     for override in overrides:
-        _apply(tree, override)
+        apply_override(tree, override)
     return parse_tree(tree, model, "list of section.key=value", "the command line")
 
 
@@ -111,7 +111,8 @@ def fingerprint(model: BaseModel) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def _apply(tree: dict[str, Any], override: str) -> None:
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Writes `a.b.c=value` into a plain tree, sections that are missing on the way too. Raises ConfigError: it is no override."""
     key, equals, text = override.partition("=")
     if not equals or not key or key.startswith("-"):
         raise ConfigError(f"an override reads section.key=value, but this is {override!r}; see --help")
