@@ -8,7 +8,7 @@ from dlrm_scale.cluster import ClusterSpec
 from dlrm_scale.config import RunConfig
 from dlrm_scale.config_io import fingerprint
 from dlrm_scale.errors import NoPlanError
-from dlrm_scale.models.dense_trace import DenseTrace, trace_dense
+from dlrm_scale.models.dense_trace import DenseTrace, count_flops, trace_dense
 from dlrm_scale.sharding.plan import Plan, plan_request
 from dlrm_scale.sharding.planner import find_plan
 
@@ -32,7 +32,7 @@ class Plans:
     def __init__(self, rounds: int = ROUNDS) -> None:
         self.rounds = rounds
         self._plans: dict[str, Plan | NoPlanError] = {}
-        self._traces: dict[str, tuple[DenseTrace, ...]] = {}
+        self._traces: dict[str, tuple[tuple[DenseTrace, ...], int]] = {}
 
     def __len__(self) -> int:
         """How many requests have been planned."""
@@ -40,7 +40,7 @@ class Plans:
 
     def dense(self, config: RunConfig, local_batch_size: int) -> DenseWork:
         """Raises ConfigError: the features do not suit the arch."""
-        small, large = (self._traced(config, size) for size in TRACED_BATCHES)
+        (small, small_flops), (large, large_flops) = (self._traced(config, size) for size in TRACED_BATCHES)
 
         def at_batch(few: int, many: int) -> int:
             """Work and bytes are affine in the batch: every term is a sample's or a parameter's."""
@@ -50,18 +50,17 @@ class Plans:
         return DenseWork(
             small[0].num_parameters,
             max(at_batch(few.activation_bytes, many.activation_bytes) for few, many in zip(small, large, strict=True)),
-            at_batch(
-                small[0].forward_flops + small[0].backward_flops, large[0].forward_flops + large[0].backward_flops
-            ),
+            at_batch(small_flops, large_flops),
         )
 
-    def _traced(self, config: RunConfig, batch_size: int) -> tuple[DenseTrace, ...]:
-        """One of each precision."""
+    def _traced(self, config: RunConfig, batch_size: int) -> tuple[tuple[DenseTrace, ...], int]:
+        """A trace in each precision, and the FLOPs, in which they do not differ, of both passes."""
         parts = [config.features.model_dump(mode="json"), config.model.model_dump(mode="json"), batch_size]
         key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
         if key not in self._traces:
             each = [config.train.model_copy(update={"precision": p}) for p in PRECISIONS]
-            self._traces[key] = tuple(trace_dense(config.model_copy(update={"train": t}), batch_size) for t in each)
+            traces = tuple(trace_dense(config.model_copy(update={"train": t}), batch_size) for t in each)
+            self._traces[key] = traces, sum(count_flops(config, batch_size))
         return self._traces[key]
 
     def plan(self, config: RunConfig, cluster: ClusterSpec) -> Plan:
