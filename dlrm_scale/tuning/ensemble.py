@@ -2,7 +2,9 @@
 
 Each member is the analytic model with prices it may change, and a residual network on top:
     log ms = log(sum_k exp(price_k) term_k + sum_e worth_e extra_e) + shift + MLP(inputs)
-Prices, worths, shift and the last layer begin at zero: untrained, each member is the analytic model exactly.
+    logit of fitting = sharpness x (1 - sum_p exp(price_p) fill_p) + MLP(inputs)
+Prices, worths, shift and the last layer begin at zero: untrained, each member is the analytic model, and the planner's count of
+memory, exactly.
 """
 
 # M members  N runs  K terms  E extras  F inputs  H hidden  P pairs
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+FITS_SHARPNESS = 25.0  # of the logit, over the part of its memory that a rank has left
 LEAST_PART = 0.05  # of the analytic time that extras with a negative price leave
 
 
@@ -21,6 +24,7 @@ class Inputs:
     extras_NE: Tensor
     inputs_NF: Tensor  # standardised
     log_samples_N: Tensor
+    fill_N3: Tensor
 
 
 @dataclass(frozen=True)
@@ -42,26 +46,29 @@ class Ensemble(nn.Module):
         def zeros(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.zeros(*shape))
 
+        self.fill_price_M3 = zeros(members, 3)
         self.price_MK, self.worth_ME, self.shift_M = zeros(members, terms), zeros(members, extras), zeros(members)
         self.w1_MFH, self.b1_M1H = drawn(members, inputs, hidden), zeros(members, 1, hidden)
         self.w2_MHH, self.b2_M1H = drawn(members, hidden, hidden), zeros(members, 1, hidden)
         self.out_MH2, self.out_M12 = zeros(members, hidden, 2), zeros(members, 1, 2)
 
     def forward(self, x: Inputs) -> tuple[Tensor, Tensor]:
-        """(M, N) log ms, and (M, N) what the network adds to the logit of fitting."""
+        """(M, N) log ms, and (M, N) the logit of fitting."""
         hidden = functional.silu(x.inputs_NF @ self.w1_MFH + self.b1_M1H)
         hidden = functional.silu(torch.baddbmm(self.b2_M1H, hidden, self.w2_MHH))
         residual, fits = torch.baddbmm(self.out_M12, hidden, self.out_MH2).unbind(-1)
         analytic_N = x.terms_NK.sum(1)
         priced = self.price_MK.exp() @ x.terms_NK.T + functional.elu(self.worth_ME) @ x.extras_NE.T
         log_ms = torch.maximum(priced, LEAST_PART * analytic_N).log() + self.shift_M.unsqueeze(1) + residual
-        return log_ms, fits
+        left = 1 - self.fill_price_M3.exp() @ x.fill_N3.T
+        return log_ms, (FITS_SHARPNESS * left).clamp(-8, 8) + fits
 
 
 @dataclass(frozen=True)
 class Training:
-    steps: int = 400
-    lr: float = 0.02
+    steps: int = 200
+    lr: float = 0.03
+    fits_weight: float = 0.5
     rank_weight: float = 0.5
     pairs_per_run: int = 4
     price_decay: float = 3e-3
@@ -70,7 +77,7 @@ class Training:
 
 
 def train(
-    ensemble: Ensemble, x: Inputs, y: Targets, fits_prior_N: Tensor, weight_MN: Tensor, how: Training, generator: torch.Generator
+    ensemble: Ensemble, x: Inputs, y: Targets, weight_MN: Tensor, how: Training, generator: torch.Generator
 ) -> None:
     """`weight_MN`: 0 where a member must not see a run."""
     timed_N = y.fits_N
@@ -81,18 +88,17 @@ def train(
     timed_MN = weight_MN * timed_N
     weights_M1 = timed_MN.sum(1, keepdim=True).clamp(min=1e-6)
     fit_weights_M1 = weight_MN.sum(1, keepdim=True).clamp(min=1e-6)
-    some_fail = bool((~y.fits_N).any())
     for _ in range(how.steps):
         log_ms_MN, logit_MN = ensemble(x)
         loss = (functional.huber_loss(log_ms_MN, y.log_ms_N.expand_as(log_ms_MN), reduction="none", delta=0.3)
                 * timed_MN / weights_M1).sum()  # fmt: skip
         if len(first):
             loss = loss + how.rank_weight * _ranking_loss(log_ms_MN, x, y, first, second, timed_MN)
-        if some_fail:
-            wrong = functional.binary_cross_entropy_with_logits(
-                logit_MN + fits_prior_N, y.fits_N.float().expand_as(logit_MN), reduction="none"
-            )
-            loss = loss + 0.1 * (wrong * weight_MN / fit_weights_M1).sum()
+        wrong = functional.binary_cross_entropy_with_logits(
+            logit_MN, y.fits_N.float().expand_as(logit_MN), reduction="none"
+        )
+        loss = loss + how.fits_weight * (wrong * weight_MN / fit_weights_M1).sum()
+        loss = loss + how.price_decay * ensemble.fill_price_M3.square().sum()
         centred = ensemble.price_MK - ensemble.price_MK.mean(1, keepdim=True)
         loss = loss + how.price_decay * centred.square().sum() + how.worth_decay * ensemble.worth_ME.square().sum()
         loss = loss + how.network_decay * sum(w.square().sum() / w.shape[1] for w in network)

@@ -30,6 +30,8 @@ FLOAT_BYTES = 4
 
 TERMS = (*STAGES, "dense", "all_reduce")
 EXTRAS = ("micro_batches", "lookup_kernels", "collectives", "local_samples", "local_ids", "dense_parameters")
+FILL_PARTS = ("fill_tables", "fill_exchange", "fill_dense")  # of what tables may take of a rank's memory, of the fullest rank
+_EXCHANGED = ("inputs", "outputs")
 _OF_TABLES = (
     *("num_tables", "num_sequence_tables", "ids", "max_ids", "log_rows", "log_rows_spread", "log_dim", "skew"),
     *(f"tables_{t}" for t in SHARDING_TYPES),
@@ -40,7 +42,7 @@ _OF_JOB = (
     *("flops_per_sample", "dense_parameters", "dense_ms", "all_reduce_ms"),
     *(f"arch_{arch}" for arch in ARCHS),
 )
-_OF_PLAN = (*(f"busiest_{s}" for s in STAGES), "mean_ms", "longest_stages_ms", "fill", "table_bytes", "kernels", "comms")
+_OF_PLAN = (*(f"busiest_{s}" for s in STAGES), "mean_ms", "longest_stages_ms", *FILL_PARTS, "table_bytes", "kernels", "comms")
 PLAN_NUMBERS = (*_OF_TABLES, *_OF_JOB, *_OF_PLAN)
 RUN_NUMBERS = ("pipelined", "prefetch", "threads")
 _AT = {name: i for i, name in enumerate((*PLAN_NUMBERS, *RUN_NUMBERS))}
@@ -49,7 +51,7 @@ _LOGS = (  # of these, inputs hold the logarithm
     *("flops_per_sample", "dense_parameters", "table_bytes", "kernels", "prefetch", "threads"),
 )
 _PLAIN = (
-    *("num_sequence_tables", "log_rows", "log_rows_spread", "log_dim", "skew", "bf16", "critical_path", "cuda", "fill", "comms"),
+    *("num_sequence_tables", "log_rows", "log_rows_spread", "log_dim", "skew", "bf16", "critical_path", "cuda", *FILL_PARTS, "comms"),
     *(f"tables_{t}" for t in SHARDING_TYPES),
     *(f"ids_{t}" for t in SHARDING_TYPES),
     *(f"arch_{arch}" for arch in ARCHS),
@@ -65,7 +67,7 @@ class FeatureTable:
     extras_NE: np.ndarray
     inputs_NF: np.ndarray
     global_batch_N: np.ndarray
-    fill_N: np.ndarray  # of a rank's memory, the fullest one's: as the planner counts it
+    fill_N3: np.ndarray  # by FILL_PARTS, as the planner counts; a sum of 1 is the most that it allows
 
     @property
     def analytic_ms_N(self) -> np.ndarray:
@@ -77,7 +79,7 @@ class FeatureTable:
         return np.isfinite(self.terms_NK[:, 0])
 
     def __len__(self) -> int:
-        return len(self.fill_N)
+        return len(self.fill_N3)
 
     def take(self, index_N: np.ndarray) -> "FeatureTable":
         return FeatureTable(*(getattr(self, f.name)[index_N] for f in fields(self)))
@@ -124,9 +126,8 @@ def derive(plan_NP: np.ndarray, run_NR: np.ndarray) -> FeatureTable:
     ratios = [local, local * of("ids"), busiest / of("mean_ms"), of("longest_stages_ms") / busiest, analytic]
     ratios += [term / analytic + 1e-3 for term in terms_NK.T]
     logs = [np.log(np.maximum(value, 1e-9)) for value in (*map(of, _LOGS), *ratios)]
-    return FeatureTable(
-        terms_NK, extras_NE, np.stack([*logs, *map(of, _PLAIN)], axis=1), of("global_batch"), of("fill")
-    )
+    inputs_NF, fill_N3 = np.stack([*logs, *map(of, _PLAIN)], axis=1), np.stack([*map(of, FILL_PARTS)], axis=1)
+    return FeatureTable(terms_NK, extras_NE, inputs_NF, of("global_batch"), fill_N3)
 
 
 def analytic_step_ms(
@@ -191,7 +192,10 @@ def _load_numbers(
 ) -> dict[str, float]:
     ms_RS = np.array([[load.step_ms.get(stage, 0.0) for stage in STAGES] for load in loads])
     busiest = ms_RS[int(ms_RS.sum(1).argmax())]
-    bytes_R = [load.total_device_bytes for load in loads]
+    fullest = max(loads, key=lambda load: load.total_device_bytes)
+    exchanged_bytes = sum(fullest.device_bytes.get(kind, 0.0) for kind in _EXCHANGED)
+    dense_bytes = sum(size for kind, size in fullest.device_bytes.items() if kind.startswith("dense_"))
+    table_bytes = fullest.total_device_bytes - exchanged_bytes - dense_bytes
     room = cluster.table_bytes_per_rank * (1 - config.sharding.storage_reserve)
     collection = config.features.sequence_tables
     lookups = Counter((name in collection, kind) for name, kind in types.items())
@@ -200,8 +204,10 @@ def _load_numbers(
         **{f"busiest_{stage}": float(ms) for stage, ms in zip(STAGES, busiest, strict=True)},
         "mean_ms": float(ms_RS.sum(1).mean()),
         "longest_stages_ms": float(ms_RS.max(0).sum()),
-        "fill": max(bytes_R) / room,
-        "table_bytes": max(bytes_R),
+        "fill_tables": table_bytes / room,
+        "fill_exchange": exchanged_bytes / room,
+        "fill_dense": dense_bytes / room,
+        "table_bytes": table_bytes,
         "kernels": len(lookups),  # FBGEMM looks up the tables of one type and collection in one kernel
         "comms": len(exchanged),
     }

@@ -12,14 +12,13 @@ import numpy as np
 import torch
 
 from dlrm_scale.errors import ConfigError
-from dlrm_scale.tuning.ensemble import Ensemble, Inputs, Targets, Training, train
+from dlrm_scale.tuning.ensemble import FITS_SHARPNESS, Ensemble, Inputs, Targets, Training, train
 from dlrm_scale.tuning.features import EXTRAS, FEATURE_VERSION, INPUTS, TERMS, FeatureTable
 
 NUM_MEMBERS, NUM_FOLDS, HIDDEN = 20, 5, 32
 COVERAGE, NORMAL_QUANTILE = 0.9, 1.645
 PRIOR_SPREAD = 1.0  # of the logarithm of the analytic time, with no data: a factor of e either way
 LEAST_SPREAD = 0.02
-FITS_SHARPNESS = 25.0  # of the logit of fitting, over the part of the planner's memory that is left
 CLIP = 4.0  # standardised inputs beyond it were hardly seen
 
 
@@ -69,9 +68,9 @@ class AnalyticPredictor:
 
 def analytic(table: FeatureTable) -> Prediction:
     log_ms_N = np.log(table.analytic_ms_N)
-    return Prediction(
-        log_ms_N[None], log_ms_N, np.full(len(table), PRIOR_SPREAD), _fits_probability(table, np.zeros(len(table)))
-    )
+    logit_N = np.clip(FITS_SHARPNESS * (1 - table.fill_N3.sum(1)), -8, 8)
+    spread_N = np.full(len(table), PRIOR_SPREAD)
+    return Prediction(log_ms_N[None], log_ms_N, spread_N, _fits_probability(table, logit_N))
 
 
 class NeuralPredictor:
@@ -99,7 +98,7 @@ class NeuralPredictor:
         x, y = self._inputs(table), Targets(*map(torch.from_numpy, (log_ms_N.astype(np.float32), fits_N, group_N)))
         folds_N = _folds(group_N, np.random.default_rng(self.seed))
         unseen_MN = torch.from_numpy(np.arange(NUM_MEMBERS)[:, None] % NUM_FOLDS == folds_N[None])
-        train(ensemble, x, y, torch.from_numpy(_fits_prior(table)).float(), (~unseen_MN).float(), self.training, generator)
+        train(ensemble, x, y, (~unseen_MN).float(), self.training, generator)
         self.ensemble = ensemble
         with torch.no_grad():
             log_ms_MN = ensemble(x)[0].double().numpy()
@@ -113,7 +112,7 @@ class NeuralPredictor:
 
     def _inputs(self, table: FeatureTable) -> Inputs:
         inputs_NF = np.clip((table.inputs_NF - self.mean_F) / self.scale_F, -CLIP, CLIP)
-        arrays = (table.terms_NK, table.extras_NE * self.scale_E, inputs_NF, np.log(table.global_batch_N))
+        arrays = (table.terms_NK, table.extras_NE * self.scale_E, inputs_NF, np.log(table.global_batch_N), table.fill_N3)
         return Inputs(*(torch.from_numpy(a.astype(np.float32)) for a in arrays))
 
     def _calibrate(self, log_ms_MN: np.ndarray, log_ms_N: np.ndarray, unseen_MN: np.ndarray) -> None:
@@ -194,10 +193,5 @@ def _folds(group_N: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return rng.permutation(len(group_N)) % NUM_FOLDS
 
 
-def _fits_prior(table: FeatureTable) -> np.ndarray:
-    """(N,) logit: the planner's count of memory against what it may fill."""
-    return np.clip(FITS_SHARPNESS * (1 - table.fill_N), -8, 8)
-
-
 def _fits_probability(table: FeatureTable, logit_N: np.ndarray) -> np.ndarray:
-    return np.where(table.feasible_N, 1 / (1 + np.exp(-(_fits_prior(table) + logit_N))), 0.0)
+    return np.where(table.feasible_N, 1 / (1 + np.exp(-logit_N)), 0.0)

@@ -15,14 +15,14 @@ def scores(prediction: Prediction, table: FeatureTable, step_ms_N: np.ndarray, f
     """`step_ms_N` is NaN where the run does not fit. A score without runs to be of is NaN.
 
     tau and regret are of milliseconds a sample; tau_top among the truly best 10 %; regret_k: the best of the k that the
-    predictor puts first and expects to fit, over the best of all, less 1 (none of them fits: the worst run stands for it);
+    predictor puts first and expects to fit, over the best of all, less 1 (if none of them fits, the median run stands for it);
     false_fits: of the runs that do not fit, the part expected to.
     """
     cost_N, predicted_N = step_ms_N / table.global_batch_N, prediction.log_ms_N - np.log(table.global_batch_N)
     known = np.flatnonzero(fits_N)
     expected_N = prediction.fits_N >= 0.5
     order = np.argsort(np.where(expected_N, predicted_N, predicted_N.max() + 1 + predicted_N), kind="stable")
-    best, worst = cost_N[known].min(), cost_N[known].max()
+    best, median = cost_N[known].min(), np.median(cost_N[known])
     top = known[np.argsort(cost_N[known])[: max(5, round(TOP_PART * len(known)))]]
     error_N = np.abs(np.exp(prediction.log_ms_N[known]) / step_ms_N[known] - 1)
     low_N, high_N = prediction.interval()
@@ -35,5 +35,5 @@ def scores(prediction: Prediction, table: FeatureTable, step_ms_N: np.ndarray, f
     }
     for k in TOPS:
         first = cost_N[order[:k]]
-        found[f"regret_{k}"] = (worst if np.isnan(first).all() else np.nanmin(first)) / best - 1
+        found[f"regret_{k}"] = (median if np.isnan(first).all() else np.nanmin(first)) / best - 1
     return {name: float(found[name]) for name in SCORES}
