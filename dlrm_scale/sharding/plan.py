@@ -6,7 +6,7 @@ for other tables or other ranks is refused with the difference.
 
 import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
@@ -111,6 +111,14 @@ class Plan(Strict):
             where = "all" if plan.sharding_type == "data_parallel" else ", ".join(str(r) for r in plan.ranks)
             rows.append((name, f"{spec.num_embeddings} x {spec.embedding_dim}", plan.sharding_type, where))
         return rows
+
+    def as_recorded(self) -> dict[str, Any]:
+        """The part `plan` of a record."""
+        return {
+            "fingerprint": self.fingerprint,
+            "sharding_types": {name: table.sharding_type for name, table in self.tables.items()},
+            "ranks": [load.model_dump(mode="json") for load in self.ranks],
+        }
 
 
 def plan_request(

@@ -111,11 +111,7 @@ def run_record(
         "config_fingerprint": fingerprint(config),
         "config": config.model_dump(mode="json"),
         "cluster": cluster.model_dump(mode="json"),
-        "plan": {
-            "fingerprint": plan.fingerprint,
-            "sharding_types": {name: t.sharding_type for name, t in plan.tables.items()},
-            "ranks": [r.model_dump(mode="json") for r in plan.ranks],
-        },
+        "plan": plan.as_recorded(),
         "num_steps": result.num_steps,
         "samples_consumed": result.samples_consumed,
         "samples_per_second": result.samples_per_second,
