@@ -61,7 +61,7 @@ class Ensemble(nn.Module):
         priced = self.price_MK.exp() @ x.terms_NK.T + functional.elu(self.worth_ME) @ x.extras_NE.T
         log_ms = torch.maximum(priced, LEAST_PART * analytic_N).log() + self.shift_M.unsqueeze(1) + residual
         left = 1 - self.fill_price_M3.exp() @ x.fill_N3.T
-        return log_ms, (FITS_SHARPNESS * left).clamp(-8, 8) + fits
+        return log_ms, FITS_SHARPNESS * left + fits
 
 
 @dataclass(frozen=True)

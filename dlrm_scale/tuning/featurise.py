@@ -1,5 +1,7 @@
 """Features of many points of a space at once: each distinct plan is found once, and rows are joined as arrays."""
 
+import hashlib
+import json
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
@@ -92,3 +94,9 @@ def record_features(records: Sequence[Record], plans: Plans) -> FeatureTable:
         plan_rows.append(row)
         run_rows.append(run_numbers(job.config, job.launch.threads_per_rank))
     return derive(np.stack(plan_rows), np.stack(run_rows))
+
+
+def workload_of(job: Job) -> str:
+    """12 hex digits of the model: its features and dense arch."""
+    parts = [job.config.features.model_dump(mode="json"), job.config.model.model_dump(mode="json")]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]

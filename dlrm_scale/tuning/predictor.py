@@ -68,7 +68,7 @@ class AnalyticPredictor:
 
 def analytic(table: FeatureTable) -> Prediction:
     log_ms_N = np.log(table.analytic_ms_N)
-    logit_N = np.clip(FITS_SHARPNESS * (1 - table.fill_N3.sum(1)), -8, 8)
+    logit_N = FITS_SHARPNESS * (1 - table.fill_N3.sum(1))
     spread_N = np.full(len(table), PRIOR_SPREAD)
     return Prediction(log_ms_N[None], log_ms_N, spread_N, _fits_probability(table, logit_N))
 

@@ -82,11 +82,6 @@ def simulate(job: Job, plan: Plan, work: DenseWork) -> Simulated:
     return Simulated(float(step), _needed(plan))
 
 
-def measured(simulated: Simulated, rng: np.random.Generator) -> float:
-    """A step time as a measurement would give it."""
-    return simulated.step_ms * float(np.exp(NOISE * rng.standard_normal()))
-
-
 def _lookups_ms(config: RunConfig, cluster: ClusterSpec, plan: Plan, machine: Machine) -> np.ndarray:
     """(ranks,) forward, backward and update of all tables of a rank."""
     source = config.data.source

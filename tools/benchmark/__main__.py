@@ -20,6 +20,8 @@ COMMANDS = {
     "checkpoint": "what saving costs a run, beside a plain write",
     "cluster": "memory and collectives of this machine, as a cluster file",
     "plan": "our planner beside TorchRec's",
+    "predictor": "the tuner's predictor on workloads it never saw, beside simpler ones",
+    "search": "the tuner's searchers: how many launches until a point is near the best",
     "truth": "predicted step times beside those of real training",
 }
 

@@ -9,31 +9,29 @@ import numpy as np
 from dlrm_scale.cluster import ClusterSpec
 from dlrm_scale.config_io import parse_tree
 from dlrm_scale.errors import ConfigError
-from dlrm_scale.tuning.featurise import Featuriser
+from dlrm_scale.tuning.featurise import Featuriser, record_features, workload_of
 from dlrm_scale.tuning.features import FeatureTable
 from dlrm_scale.tuning.knobs import Point
 from dlrm_scale.tuning.plans import Plans
-from dlrm_scale.tuning.simulator import measured, simulate
+from dlrm_scale.tuning.records import Record, read_records
+from dlrm_scale.tuning.simulator import NOISE, simulate
 from dlrm_scale.tuning.space import Space, SpaceFile
 
 FILL = (0.75, 1.1)  # of a rank's memory, the fullest of some points by the planner's count: some runs do not fit
 
 
 @dataclass(frozen=True)
-class SimulatedRuns:
-    """Points of one workload: features, and what the simulator says. `step_ms_N` is without noise, NaN where it does not fit."""
+class MeasuredRuns:
+    """Runs of one workload. `step_ms_N`: what counts as the truth, NaN where it does not fit; `noise`: of one measurement of it."""
 
     name: str
-    space: Space
-    points: tuple[Point, ...]
     table: FeatureTable
     step_ms_N: np.ndarray
     fits_N: np.ndarray
+    noise: float = 0.0
 
-    @property
-    def cost_N(self) -> np.ndarray:
-        """Milliseconds a sample: what a tuner makes small."""
-        return self.step_ms_N / self.table.global_batch_N
+    def measure(self, index: int, rng: np.random.Generator) -> float:
+        return float(self.step_ms_N[index] * np.exp(self.noise * rng.standard_normal()))
 
 
 def random_space(seed: int, cluster: ClusterSpec, num_types: int = 4) -> Space:
@@ -104,29 +102,41 @@ def tight_memory(space: Space, plans: Plans, seed: int) -> Space:
     return Space(space.file, space.tree, cluster.model_copy(update={name: figure}))
 
 
-def simulate_points(name: str, featuriser: Featuriser, points: Sequence[Point]) -> SimulatedRuns:
-    """Without those that the planner refuses. Raises ConfigError: it refuses all."""
+def simulated_workload(seed: int, cluster: ClusterSpec, plans: Plans, num_points: int) -> MeasuredRuns:
+    """Random points of a random model."""
+    space = tight_memory(random_space(seed, cluster), plans, seed)
+    rng = np.random.default_rng(seed)
+    points = list(dict.fromkeys(space.sample(rng) for _ in range(num_points)))
+    return simulate_points(f"workload_{seed}", Featuriser(space, plans), points)[1]
+
+
+def simulate_points(name: str, featuriser: Featuriser, points: Sequence[Point]) -> tuple[list[Point], MeasuredRuns]:
+    """Those that the planner does not refuse, and their runs. Raises ConfigError: it refuses all."""
     candidates = featuriser(points)
     kept = [i for i in range(len(points)) if i not in candidates.reasons]
     if not kept:
         raise ConfigError(f"{name}: the planner refuses every point: {next(iter(candidates.reasons.values()))}")
-    space, plans = featuriser.space, featuriser.plans
-    known: dict[Any, Any] = {}
     step_ms, fits = [], []
-    for point in (points[i] for i in kept):
-        found = known.get(point)
-        if found is None:
-            job = space.job(point)
-            plan = plans.plan(job.config, job.cluster)
-            found = known[point] = simulate(job, plan, plans.dense(job.config, plan.request.local_batch_size))
+    for i in kept:
+        job = featuriser.space.job(points[i])
+        plan = featuriser.plans.plan(job.config, job.cluster)
+        found = simulate(job, plan, featuriser.plans.dense(job.config, plan.request.local_batch_size))
         fits.append(found.needed <= 1)
         step_ms.append(found.step_ms if found.needed <= 1 else np.nan)
     table = candidates.table.take(np.array(kept))
-    return SimulatedRuns(name, space, tuple(points[i] for i in kept), table, np.array(step_ms), np.array(fits))
+    return [points[i] for i in kept], MeasuredRuns(name, table, np.array(step_ms), np.array(fits), NOISE)
 
 
-def noisy(runs: SimulatedRuns, index: int, rng: np.random.Generator) -> float:
-    """One measurement of a point that fits."""
-    from dlrm_scale.tuning.simulator import Simulated
-
-    return measured(Simulated(float(runs.step_ms_N[index]), 0.0), rng)
+def measured_runs(paths: Sequence[str], plans: Plans) -> list[MeasuredRuns]:
+    """Records of files, by workload; those of failed runs are left out. Raises ConfigError: none was measured."""
+    history = read_records(paths)
+    history.require()
+    by_workload: dict[str, list[Record]] = {}
+    for record in history.records:
+        if record.outcome != "failed":
+            by_workload.setdefault(workload_of(record.job), []).append(record)
+    runs = []
+    for records in by_workload.values():
+        step_ms, fits = np.array([r.step_ms for r in records]), np.array([r.outcome == "ok" for r in records])
+        runs.append(MeasuredRuns(records[0].job.config.name, record_features(records, plans), step_ms, fits))
+    return runs

@@ -1,0 +1,94 @@
+"""What our searchers are held against: the planner's model alone, and Optuna's TPE."""
+
+from typing import Any
+
+import numpy as np
+
+from dlrm_scale.tuning.featurise import Featuriser
+from dlrm_scale.tuning.knobs import Point
+from dlrm_scale.tuning.searcher import DRAWS, Result, TellingSearcher
+
+ENUMERATED = 20_000  # points; of a larger space a sample is ranked
+
+
+class AnalyticSearcher(TellingSearcher):
+    """Launches in the order of the analytic model's milliseconds a sample, whatever comes back."""
+
+    kind = "planner alone"
+
+    def __init__(self, featuriser: Featuriser, seed: int) -> None:
+        super().__init__(featuriser, seed)
+        small = self.space.size <= ENUMERATED
+        points = list(self.space.enumerate()) if small else [self.space.sample(self.rng) for _ in range(ENUMERATED)]
+        points = list(dict.fromkeys(points))
+        candidates = featuriser(points)
+        cost = candidates.table.analytic_ms_N / candidates.table.global_batch_N
+        order = np.lexsort((self.rng.random(len(points)), cost))  # equals in random order
+        self.ranked = [points[i] for i in order.tolist() if i not in candidates.reasons]
+
+    def choose(self, k: int) -> list[Point]:
+        used = self.used
+        return [point for point in self.ranked if point not in used][:k]
+
+
+class TPESearcher(TellingSearcher):
+    """Optuna's TPE: multivariate, grouped by condition, with what does not fit as a broken constraint.
+
+    What the planner refuses is told as such at once and costs no launch, as for the others. Its state is what it was told: a restored
+    one learns from that, but is no exact continuation.
+    """
+
+    kind = "tpe"
+
+    def __init__(self, featuriser: Featuriser, seed: int) -> None:
+        import optuna
+
+        super().__init__(featuriser, seed)
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        sampler = optuna.samplers.TPESampler(
+            seed=seed, multivariate=True, group=True, constant_liar=True, constraints_func=lambda t: t.user_attrs["broken"]
+        )
+        self.study, self.trials = optuna.create_study(sampler=sampler), {}
+
+    def choose(self, k: int) -> list[Point]:
+        chosen: list[Point] = []
+        for _ in range(k * DRAWS):
+            if len(chosen) == k:
+                break
+            trial = self.study.ask()
+            point = self._suggested(trial)
+            if self.featuriser([point]).reasons:
+                self._finish(trial, 1e9, broken=True)
+            elif point in self.used or point in chosen:
+                known = [r.step_ms for p, r in self.told if p == point and r.step_ms is not None]
+                self._finish(trial, np.log(known[0] / self._batch(point)) if known else 1e9, broken=not known)
+            else:
+                self.trials[point] = trial
+                chosen.append(point)
+        return chosen + [point for point in self.fresh(k) if point not in chosen][: k - len(chosen)]
+
+    def tell(self, point: Point, result: Result) -> None:
+        super().tell(point, result)
+        trial = self.trials.pop(point, None)
+        if trial is not None:
+            cost = 1e9 if result.step_ms is None else float(np.log(result.step_ms / self._batch(point)))
+            self._finish(trial, cost, broken=result.step_ms is None)
+
+    def _finish(self, trial: Any, cost: float, broken: bool) -> None:
+        trial.set_user_attr("broken", (1.0 if broken else -1.0,))
+        self.study.tell(trial, float(cost))
+
+    def _batch(self, point: Point) -> float:
+        return float(self.featuriser([point]).table.global_batch_N[0])
+
+    def _suggested(self, trial: Any) -> Point:
+        """Ordered knobs by the index of their value, so that neighbours are near; the others as categories."""
+        kept: dict[str, Any] = {}
+        for name, choices in self.space.choices.items():
+            if not self.space.is_active(name, kept):
+                continue
+            if self.space.knobs[name].kind in ("integer", "log_float"):
+                kept[name] = choices[trial.suggest_int(name, 0, len(choices) - 1)]
+            else:
+                kept[name] = trial.suggest_categorical(name, list(choices))
+        return Point(kept)
