@@ -37,6 +37,12 @@ def add_records(parser: argparse.ArgumentParser, required: bool = False) -> None
     )
 
 
+def add_prior(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--prior", action="store_true", help="learn also from records of other hardware, versions or clusters"
+    )
+
+
 def add_launching(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=60, metavar="N", help="optimizer steps of a trial (default 60)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the search (default 0)")
