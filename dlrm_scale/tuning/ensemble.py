@@ -46,7 +46,7 @@ class Ensemble(nn.Module):
         def zeros(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.zeros(*shape))
 
-        self.fill_price_M3 = zeros(members, 3)
+        self.fill_price_M3, self.sharpness_M = zeros(members, 3), zeros(members)
         self.price_MK, self.worth_ME, self.shift_M = zeros(members, terms), zeros(members, extras), zeros(members)
         self.w1_MFH, self.b1_M1H = drawn(members, inputs, hidden), zeros(members, 1, hidden)
         self.w2_MHH, self.b2_M1H = drawn(members, hidden, hidden), zeros(members, 1, hidden)
@@ -61,14 +61,14 @@ class Ensemble(nn.Module):
         priced = self.price_MK.exp() @ x.terms_NK.T + functional.elu(self.worth_ME) @ x.extras_NE.T
         log_ms = torch.maximum(priced, LEAST_PART * analytic_N).log() + self.shift_M.unsqueeze(1) + residual
         left = 1 - self.fill_price_M3.exp() @ x.fill_N3.T
-        return log_ms, FITS_SHARPNESS * left + fits
+        return log_ms, FITS_SHARPNESS * self.sharpness_M.exp().unsqueeze(1) * left + fits
 
 
 @dataclass(frozen=True)
 class Training:
     steps: int = 200
     lr: float = 0.03
-    fits_weight: float = 0.5
+    fits_weight: float = 2.0
     rank_weight: float = 0.5
     pairs_per_run: int = 4
     price_decay: float = 3e-3

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,12 +36,17 @@ class Featuriser:
         self._plan_knobs = tuple(name for name in space.knobs if name not in of_run)
         self._plan_rows: dict[Hashable, np.ndarray | str] = {}
         self._run_rows: dict[Hashable, np.ndarray] = {}
+        self._refused: dict[Point, str] = {}
+
+    def refuse(self, reasons: Mapping[Point, str]) -> None:
+        """From now on these points cannot run, each for its reason, whatever the planner says."""
+        self._refused.update(reasons)
 
     def __call__(self, points: Sequence[Point]) -> Candidates:
         plan_rows, run_rows, reasons = [], [], {}
         missing = np.full(len(PLAN_NUMBERS), np.nan)
         for i, point in enumerate(points):
-            plan = self._plan_row(point)
+            plan = self._refused.get(point) or self._plan_row(point)
             if isinstance(plan, str):
                 reasons[i], plan = plan, missing
             plan_rows.append(plan)

@@ -14,14 +14,14 @@ SCORES = ("tau", "tau_top", *(f"regret_{k}" for k in TOPS), "mape", "coverage", 
 def scores(prediction: Prediction, table: FeatureTable, step_ms_N: np.ndarray, fits_N: np.ndarray) -> dict[str, float]:
     """`step_ms_N` is NaN where the run does not fit. A score without runs to be of is NaN.
 
-    tau and regret are of milliseconds a sample; tau_top among the truly best 10 %; regret_k: the best of the k that the
-    predictor puts first and expects to fit, over the best of all, less 1 (if none of them fits, the median run stands for it);
+    tau and regret are of milliseconds a sample; tau_top among the truly best 10 %; regret_k: the best of the k that are put
+    first (by predicted cost over the chance of fitting) over the best of all, less 1; if none of them fits, the median run stands for it;
     false_fits: of the runs that do not fit, the part expected to.
     """
     cost_N, predicted_N = step_ms_N / table.global_batch_N, prediction.log_ms_N - np.log(table.global_batch_N)
     known = np.flatnonzero(fits_N)
     expected_N = prediction.fits_N >= 0.5
-    order = np.argsort(np.where(expected_N, predicted_N, predicted_N.max() + 1 + predicted_N), kind="stable")
+    order = np.argsort(predicted_N - np.log(np.maximum(prediction.fits_N, 1e-9)), kind="stable")
     best, median = cost_N[known].min(), np.median(cost_N[known])
     top = known[np.argsort(cost_N[known])[: max(5, round(TOP_PART * len(known)))]]
     error_N = np.abs(np.exp(prediction.log_ms_N[known]) / step_ms_N[known] - 1)
