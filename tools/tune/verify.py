@@ -179,7 +179,8 @@ class Verifier:
         save_plan(self.plans.plan(job.config, job.cluster), folder / "best_plan.json")
         file = overrides_file(self.space, point, job.launch, folder / "best_plan.json")
         write_whole(folder / "best.json", file.model_dump_json(indent=1) + "\n")
-        return self._finish({"accepted": name, "best": str(folder / "best.json"), "tried": tried, "exit_code": 0})
+        best = {"best": str(folder / "best.json"), "hosts": job.cluster.num_hosts}
+        return self._finish({"accepted": name, **best, "tried": tried, "exit_code": 0})
 
     def _finish(self, verdict: dict[str, Any]) -> dict[str, Any]:
         result = {
@@ -235,6 +236,9 @@ def show_verdict(result: dict[str, Any], console: Console) -> None:
         )
     for key, value in best["point"].items():
         console.print(f"  {key} = {value}")
+    hosts = result["hosts"]
+    where = f"--nnodes {hosts} --node-rank N --rdzv-endpoint HOST0:29400 " if hosts > 1 else ""
     console.print(
-        f"next: launchers/torchrun.sh --config {shlex.quote(result['config'])} --overrides {shlex.quote(result['best'])}"
+        f"next{', on each host' if hosts > 1 else ''}: launchers/torchrun.sh {where}--config {shlex.quote(result['config'])} "
+        f"--overrides {shlex.quote(result['best'])}"
     )
