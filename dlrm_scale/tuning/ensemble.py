@@ -37,7 +37,9 @@ class Targets:
 
 
 class Ensemble(nn.Module):
-    def __init__(self, members: int, terms: int, extras: int, inputs: int, hidden: int, generator: torch.Generator) -> None:
+    def __init__(
+        self, members: int, terms: int, extras: int, inputs: int, hidden: int, generator: torch.Generator
+    ) -> None:
         super().__init__()
 
         def drawn(*shape: int) -> nn.Parameter:

@@ -30,7 +30,11 @@ FLOAT_BYTES = 4
 
 TERMS = (*STAGES, "dense", "all_reduce")
 EXTRAS = ("micro_batches", "lookup_kernels", "collectives", "local_samples", "local_ids", "dense_parameters")
-FILL_PARTS = ("fill_tables", "fill_exchange", "fill_dense")  # of what tables may take of a rank's memory, of the fullest rank
+FILL_PARTS = (
+    "fill_tables",
+    "fill_exchange",
+    "fill_dense",
+)  # of what tables may take of a rank's memory, of the fullest rank
 _EXCHANGED = ("inputs", "outputs")
 _OF_TABLES = (
     *("num_tables", "num_sequence_tables", "ids", "max_ids", "log_rows", "log_rows_spread", "log_dim", "skew"),
@@ -38,20 +42,61 @@ _OF_TABLES = (
     *(f"ids_{t}" for t in SHARDING_TYPES),
 )
 _OF_JOB = (
-    *("global_batch", "accumulate", "ranks", "hosts", "bf16", "critical_path", "cuda", "memory_bw", "intra_bw", "inter_bw"),
+    *(
+        "global_batch",
+        "accumulate",
+        "ranks",
+        "hosts",
+        "bf16",
+        "critical_path",
+        "cuda",
+        "memory_bw",
+        "intra_bw",
+        "inter_bw",
+    ),
     *("flops_per_sample", "dense_parameters", "dense_ms", "all_reduce_ms"),
     *(f"arch_{arch}" for arch in ARCHS),
 )
-_OF_PLAN = (*(f"busiest_{s}" for s in STAGES), "mean_ms", "longest_stages_ms", *FILL_PARTS, "table_bytes", "kernels", "comms")
+_OF_PLAN = (
+    *(f"busiest_{s}" for s in STAGES),
+    "mean_ms",
+    "longest_stages_ms",
+    *FILL_PARTS,
+    "table_bytes",
+    "kernels",
+    "comms",
+)
 PLAN_NUMBERS = (*_OF_TABLES, *_OF_JOB, *_OF_PLAN)
 RUN_NUMBERS = ("pipelined", "prefetch", "threads")
 _AT = {name: i for i, name in enumerate((*PLAN_NUMBERS, *RUN_NUMBERS))}
 _LOGS = (  # of these, inputs hold the logarithm
-    *("num_tables", "ids", "max_ids", "global_batch", "accumulate", "ranks", "hosts", "memory_bw", "intra_bw", "inter_bw"),
+    *(
+        "num_tables",
+        "ids",
+        "max_ids",
+        "global_batch",
+        "accumulate",
+        "ranks",
+        "hosts",
+        "memory_bw",
+        "intra_bw",
+        "inter_bw",
+    ),
     *("flops_per_sample", "dense_parameters", "table_bytes", "kernels", "prefetch", "threads"),
 )
 _PLAIN = (
-    *("num_sequence_tables", "log_rows", "log_rows_spread", "log_dim", "skew", "bf16", "critical_path", "cuda", *FILL_PARTS, "comms"),
+    *(
+        "num_sequence_tables",
+        "log_rows",
+        "log_rows_spread",
+        "log_dim",
+        "skew",
+        "bf16",
+        "critical_path",
+        "cuda",
+        *FILL_PARTS,
+        "comms",
+    ),
     *(f"tables_{t}" for t in SHARDING_TYPES),
     *(f"ids_{t}" for t in SHARDING_TYPES),
     *(f"arch_{arch}" for arch in ARCHS),
@@ -158,7 +203,9 @@ def _table_numbers(config: RunConfig, types: dict[str, str]) -> dict[str, float]
         "log_rows": float(log_rows.mean()),
         "log_rows_spread": float(log_rows.std()),
         "log_dim": float(np.log2([schema.tables[name].embedding_dim for name in tables]).mean()) / 4,
-        "skew": source.id_skew if isinstance(source, SyntheticSource) else 1.0,  # real ids: Zipf's law, the usual finding
+        "skew": source.id_skew
+        if isinstance(source, SyntheticSource)
+        else 1.0,  # real ids: Zipf's law, the usual finding
         **{f"tables_{t}": len(names) / len(tables) for t, names in of_type.items()},
         **{f"ids_{t}": sum(ids[name] for name in names) / all_ids for t, names in of_type.items()},
     }

@@ -129,7 +129,8 @@ class Sharding(_Knob):
         None, description="instead of names: tables of at least so many rows, and fewer than that"
     )
     values: tuple[str, ...] = Field(
-        min_length=1, description=f"types joined by +, as in row_wise+column_wise; {ANY_TYPE} leaves them to the planner"
+        min_length=1,
+        description=f"types joined by +, as in row_wise+column_wise; {ANY_TYPE} leaves them to the planner",
     )
 
     @model_validator(mode="after")

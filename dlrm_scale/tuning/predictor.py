@@ -112,7 +112,13 @@ class NeuralPredictor:
 
     def _inputs(self, table: FeatureTable) -> Inputs:
         inputs_NF = np.clip((table.inputs_NF - self.mean_F) / self.scale_F, -CLIP, CLIP)
-        arrays = (table.terms_NK, table.extras_NE * self.scale_E, inputs_NF, np.log(table.global_batch_N), table.fill_N3)
+        arrays = (
+            table.terms_NK,
+            table.extras_NE * self.scale_E,
+            inputs_NF,
+            np.log(table.global_batch_N),
+            table.fill_N3,
+        )
         return Inputs(*(torch.from_numpy(a.astype(np.float32)) for a in arrays))
 
     def _calibrate(self, log_ms_MN: np.ndarray, log_ms_N: np.ndarray, unseen_MN: np.ndarray) -> None:

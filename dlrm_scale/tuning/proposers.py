@@ -41,7 +41,9 @@ def reinforce(
         scores = score(points)
         seen.update(zip(points, scores.tolist(), strict=True))
         reward = np.empty(batch)
-        reward[np.argsort(scores, kind="stable")] = np.linspace(1, -1, batch)  # ranks: no scale, and infinities do no harm
+        reward[np.argsort(scores, kind="stable")] = np.linspace(
+            1, -1, batch
+        )  # ranks: no scale, and infinities do no harm
         for name in names:
             active = np.array([name in point for point in points])
             if not active.any():
@@ -72,7 +74,9 @@ def evolve(
         picks = rng.integers(len(living), size=(2 * batch, tournament))
         winners = [living[i] for i in picks[np.arange(2 * batch), scores[picks].argmin(1)].tolist()]
         children = [
-            space.cross(one, other, rng) if rng.random() < crossed else space.mutate(one, rng, 1 + int(rng.random() < 0.3))
+            space.cross(one, other, rng)
+            if rng.random() < crossed
+            else space.mutate(one, rng, 1 + int(rng.random() < 0.3))
             for one, other in zip(winners[:batch], winners[batch:], strict=True)
         ]
         seen.update(_scored(score, [child for child in dict.fromkeys(children) if child not in seen]))

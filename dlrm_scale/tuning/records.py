@@ -179,8 +179,8 @@ def parse_record(line: Any, where: str) -> Record:
             loads=_LOADS.validate_json(json.dumps(plan["ranks"])) if plan else (),
             sharding_types=plan["sharding_types"] if plan else {},
             versions=line["versions"],
-            hardware=hardware["fingerprint"] if hardware else None,
-            trial=Trial.model_validate_json(json.dumps(trial)) if trial else None,
+            hardware=None if hardware is None else hardware["fingerprint"],
+            trial=None if trial is None else Trial.model_validate_json(json.dumps(trial)),
         )
     except ValidationError as e:
         first = e.errors(include_url=False)[0]

@@ -131,9 +131,13 @@ class TellingSearcher:
 
     def restore(self, state: dict[str, Any]) -> None:
         mine = self.identity()
-        wrong = [f"{key} is {state.get(key)} there, {value} here" for key, value in mine.items() if state.get(key) != value]
+        wrong = [
+            f"{key} is {state.get(key)} there, {value} here" for key, value in mine.items() if state.get(key) != value
+        ]
         if wrong:
-            raise ConfigError(f"the saved search is another one: {'; '.join(wrong)}; go on with its settings, or start anew")
+            raise ConfigError(
+                f"the saved search is another one: {'; '.join(wrong)}; go on with its settings, or start anew"
+            )
         self.rng.bit_generator.state = state["rng"]
         self.told = [(self.space.point(point), Result(**result)) for point, result in state["told"]]
         self.pending = [self.space.point(point) for point in state["pending"]]

@@ -87,7 +87,9 @@ def _lookups_ms(config: RunConfig, cluster: ClusterSpec, plan: Plan, machine: Ma
     source = config.data.source
     skew = source.id_skew if isinstance(source, SyntheticSource) else 1.0
     cached = 1 / (1 + 0.5 * skew)
-    by_row = [name for name, t in plan.tables.items() if t.sharding_type in ("row_wise", "table_row_wise", "grid_shard")]
+    by_row = [
+        name for name, t in plan.tables.items() if t.sharding_type in ("row_wise", "table_row_wise", "grid_shard")
+    ]
     sequences = config.features.sequence_tables
     ms = []
     for rank, load in enumerate(plan.ranks):

@@ -91,7 +91,9 @@ class Space:
                 continue
             if name not in values or values[name] not in self.choices[name]:
                 given = values.get(name, "no value")
-                raise ConfigError(f"knob {name} is {given}, but must be one of {', '.join(map(str, self.choices[name]))}")
+                raise ConfigError(
+                    f"knob {name} is {given}, but must be one of {', '.join(map(str, self.choices[name]))}"
+                )
             kept[name] = values[name]
         return Point(kept)
 
@@ -110,9 +112,11 @@ class Space:
 
     def cross(self, one: Point, other: Point, rng: np.random.Generator) -> Point:
         """Each knob from either parent that has it."""
-        parents = zip(self.knobs, (rng.random(len(self.knobs)) < 0.5).tolist(), strict=True)
-        mixed = {name: (one if first else other).get(name) for name, first in parents}
-        known = {name: value for name, value in mixed.items() if value is not None}
+        known = {}
+        for name, first in zip(self.knobs, (rng.random(len(self.knobs)) < 0.5).tolist(), strict=True):
+            parents = [parent for parent in ((one, other) if first else (other, one)) if name in parent]
+            if parents:
+                known[name] = parents[0][name]
         return self._filled(known, rng, Point({}))
 
     def _filled(self, known: Mapping[str, Value], rng: np.random.Generator, not_as: Point) -> Point:
@@ -139,7 +143,11 @@ class Space:
         """How many points there are. Knobs that no condition looks at are multiplied, the others enumerated."""
         seen = {knob for k in self.knobs.values() for knob in k.when}
         return sum(
-            int(np.prod([len(c) for name, c in self.choices.items() if name not in seen and self.is_active(name, parents)]))
+            int(
+                np.prod(
+                    [len(c) for name, c in self.choices.items() if name not in seen and self.is_active(name, parents)]
+                )
+            )
             for parents in self._expand([name for name in self.knobs if name in seen])
         )
 
@@ -220,7 +228,9 @@ class Space:
                 strange = [v for v in values if v not in self.choices[parent]]
                 if strange:
                     known = ", ".join(map(str, self.choices[parent]))
-                    raise ConfigError(f"knob {name}: when has {parent} = {strange[0]}, which {parent} never is; it has {known}")
+                    raise ConfigError(
+                        f"knob {name}: when has {parent} = {strange[0]}, which {parent} never is; it has {known}"
+                    )
 
     def _members_of(self, name: str) -> tuple[str, ...]:
         knob = self.knobs[name]

@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "checkpoint": ("foundation",),
     "resilience": ("foundation",),
     "training": ("foundation", "data", "models", "sharding", "checkpoint", "resilience"),
-    "tuning": ("foundation", "sharding"),  # it launches training, as a user does
+    "tuning": ("foundation", "sharding", "models.dense_trace"),  # it launches training, as a user does
     "tools": ("foundation", "data", "models", "sharding", "checkpoint", "resilience", "training", "tuning"),
     "launchers": ("foundation", "data", "models", "sharding", "checkpoint", "resilience", "training", "tuning"),
 }

@@ -80,7 +80,9 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     }
 
 
-def _judge(data: Sequence[MeasuredRuns], size: int, seed: int, names: Sequence[str], by_row: bool) -> list[dict[str, Any]]:
+def _judge(
+    data: Sequence[MeasuredRuns], size: int, seed: int, names: Sequence[str], by_row: bool
+) -> list[dict[str, Any]]:
     rows = []
     for held, test in enumerate(data):
         rng = np.random.default_rng([seed, held])
@@ -113,7 +115,11 @@ def _joined(
 def _cell(rows: list[dict[str, Any]], size: int, name: str) -> dict[str, Any]:
     """Means over workloads and seeds, with the middle 95 % of the mean over resampled seeds."""
     own = [r for r in rows if r["size"] == size and r["predictor"] == name]
-    cell: dict[str, Any] = {"records": size, "predictor": name, "fit_cpu_s": float(np.mean([r["fit_cpu_s"] for r in own]))}
+    cell: dict[str, Any] = {
+        "records": size,
+        "predictor": name,
+        "fit_cpu_s": float(np.mean([r["fit_cpu_s"] for r in own])),
+    }
     rng = np.random.default_rng(0)
     seeds = sorted({r["seed"] for r in own})
     for score in SCORES:
@@ -156,4 +162,3 @@ def show(result: dict[str, Any], console: Console) -> None:
     console.print(
         f"refit on 300 records {cost['refit_300_cpu_s']:.2f} s, score 10,000 rows {cost['score_10000_cpu_s']:.2f} s of one core"
     )
-

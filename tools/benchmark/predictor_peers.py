@@ -22,7 +22,12 @@ class _Residual:
             return
         x, y = table.inputs_NF[known], np.log(measured.step_ms_N[known] / table.analytic_ms_N[known])
         folds = np.random.default_rng(self.seed).permutation(len(y)) % NUM_FOLDS
-        errors = np.concatenate([y[folds == k] - self._fitted(x[folds != k], y[folds != k]).predict(x[folds == k]) for k in range(NUM_FOLDS)])
+        errors = np.concatenate(
+            [
+                y[folds == k] - self._fitted(x[folds != k], y[folds != k]).predict(x[folds == k])
+                for k in range(NUM_FOLDS)
+            ]
+        )
         self.spread = float(np.quantile(np.abs(errors), 0.9)) / NORMAL_QUANTILE
         self.model = self._fitted(x, y)
         feasible = table.feasible_N

@@ -58,7 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "so that no figure is a claim about hardware."
     )
     parser.epilog = "example: python -m tools.benchmark search --workloads 3 --seeds 10 --json > search.json"
-    parser.add_argument("--records", nargs="+", metavar="JSONL", help="measured runs of --space, instead of simulated ones")
+    parser.add_argument(
+        "--records", nargs="+", metavar="JSONL", help="measured runs of --space, instead of simulated ones"
+    )
     parser.add_argument("--space", metavar="YAML", help="of which the records are, each point of it once or more")
     parser.add_argument("--cluster", default="2xcpu", metavar="NAME", help="that is simulated (default 2xcpu)")
     parser.add_argument("--workloads", type=int, default=3, metavar="N", help="simulated models (default 3)")
@@ -71,13 +73,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Raises ConfigError: a table that is not of the space, or of too little of it."""
     if bool(args.records) != bool(args.space):
-        raise ConfigError("--records and --space go together: give the space that the records are of, or neither to simulate")
+        raise ConfigError(
+            "--records and --space go together: give the space that the records are of, or neither to simulate"
+        )
     torch.set_num_threads(1)  # the matrices are small: more threads only wait for each other
     runs = []
     with console.status("planning") as status:
         plans = Plans()
         names = [args.space] if args.space else range(args.workloads)
-        replays = [_measured(args, plans) if args.space else _simulated(n, args.cluster, plans, status.update) for n in names]
+        replays = [
+            _measured(args, plans) if args.space else _simulated(n, args.cluster, plans, status.update) for n in names
+        ]
         for name in args.searchers:
             for replay in replays:
                 for seed in range(args.seeds):
@@ -170,7 +176,10 @@ def _summary(regrets: Sequence[Sequence[float]]) -> dict[str, Any]:
     for near in NEAR:
         first = np.array([_launches_until(regret, near) for regret in regret_SL])
         median = float(np.median(first))
-        until[f"{near:g}"] = {"median": median if np.isfinite(median) else None, "reached": float(np.isfinite(first).mean())}
+        until[f"{near:g}"] = {
+            "median": median if np.isfinite(median) else None,
+            "reached": float(np.isfinite(first).mean()),
+        }
     return {
         "median": np.median(regret_SL, axis=0).tolist(),
         "low": low.tolist(),
@@ -195,7 +204,9 @@ def show(result: dict[str, Any], console: Console) -> None:
     for column in ("searcher", *map(str, launches), "launches until 2 %"):
         grid.add_column(column, justify="right")
     for name, found in result["searchers"].items():
-        cells = [f"{found['median'][n - 1]:.1%} ({found['low'][n - 1]:.1%}..{found['high'][n - 1]:.1%})" for n in launches]
+        cells = [
+            f"{found['median'][n - 1]:.1%} ({found['low'][n - 1]:.1%}..{found['high'][n - 1]:.1%})" for n in launches
+        ]
         near = found["launches_until"]["0.02"]
         cells.append(f"{near['median'] or '-'} ({near['reached']:.0%} get there)")
         grid.add_row(name, *cells)

@@ -46,7 +46,11 @@ class TPESearcher(TellingSearcher):
         super().__init__(featuriser, seed)
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         sampler = optuna.samplers.TPESampler(
-            seed=seed, multivariate=True, group=True, constant_liar=True, constraints_func=lambda t: t.user_attrs["broken"]
+            seed=seed,
+            multivariate=True,
+            group=True,
+            constant_liar=True,
+            constraints_func=lambda t: t.user_attrs["broken"],
         )
         self.study, self.trials = optuna.create_study(sampler=sampler), {}
 

@@ -9,8 +9,8 @@ import numpy as np
 from dlrm_scale.cluster import ClusterSpec
 from dlrm_scale.config_io import parse_tree
 from dlrm_scale.errors import ConfigError
-from dlrm_scale.tuning.featurise import Featuriser, record_features, workload_of
 from dlrm_scale.tuning.features import FeatureTable
+from dlrm_scale.tuning.featurise import Featuriser, record_features, workload_of
 from dlrm_scale.tuning.knobs import Point
 from dlrm_scale.tuning.plans import Plans
 from dlrm_scale.tuning.records import Record, read_records

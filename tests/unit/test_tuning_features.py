@@ -1,0 +1,123 @@
+"""Features: the analytic model by hand, records and candidates alike, and the cost of thousands of rows."""
+
+import time
+
+import numpy as np
+import pytest
+
+from dlrm_scale.cluster import Figure
+from dlrm_scale.models.dense_trace import trace_dense
+from dlrm_scale.tuning.features import FLOPS_PER_S, INPUTS, TERMS, FeatureTable, analytic_step_ms
+from dlrm_scale.tuning.featurise import Featuriser, record_features
+from dlrm_scale.tuning.plans import Plans
+from dlrm_scale.tuning.records import Record
+from tests.support.configs import tiny_config
+from tests.support.requests import cluster
+from tests.support.tuning import KNOBS, tiny_space
+
+
+@pytest.fixture(scope="module")
+def plans():
+    return Plans()
+
+
+def test_the_dense_arch_is_traced_for_any_batch(plans):
+    """From two small traces; the arch has sequences, whose attention grows with the events but not with the batch."""
+    config = tiny_config()
+    traced, work = trace_dense(config, 200), plans.dense(config, 200)
+    assert work.num_parameters == traced.num_parameters
+    assert work.flops == traced.forward_flops + traced.backward_flops
+    in_bf16 = trace_dense(tiny_config(train={"precision": "bf16"}), 200)
+    assert work.activation_bytes == pytest.approx(max(traced.activation_bytes, in_bf16.activation_bytes), rel=1e-6)
+
+
+def test_the_analytic_step_is_the_sum_of_its_parts(plans):
+    """On one rank: nothing is exchanged, so a step is lookups and dense arch, once a micro-batch."""
+    space = tiny_space()
+    for accumulate, threads in ((1, 1), (2, 4)):
+        point = space.point({"ranks": 1, "batch": 64, "pipeline": "none"})
+        job = space.job(point)
+        config = job.config.model_copy(
+            update={"train": job.config.train.model_copy(update={"accumulate_steps": accumulate})}
+        )
+        plan = plans.plan(config, job.cluster)
+        work = plans.dense(config, 64 // accumulate)
+        types = {name: table.sharding_type for name, table in plan.tables.items()}
+        ms = analytic_step_ms(config, job.cluster, types, plan.ranks, work, threads)
+        dense_ms = work.flops / FLOPS_PER_S["cpu", "fp32"] / threads * 1e3
+        assert ms == pytest.approx(accumulate * (sum(plan.ranks[0].step_ms.values()) + dense_ms))
+
+
+def test_a_record_has_the_features_of_its_point(plans):
+    space = tiny_space()
+    points = list(space.enumerate())
+    candidates = Featuriser(space, plans)(points)
+    records = [record_of(space.job(point), plans) for point in points]
+    recorded = record_features(records, plans)
+    for name in ("terms_NK", "extras_NE", "inputs_NF", "global_batch_N", "fill_N3"):
+        np.testing.assert_array_equal(getattr(candidates.table, name), getattr(recorded, name))
+
+
+def record_of(job, plans) -> Record:
+    plan = plans.plan(job.config, job.cluster)
+    types = {name: table.sharding_type for name, table in plan.tables.items()}
+    return Record("r:1", job, "ok", "", 1.0, 0.1, 20, plan.ranks, types, {}, None, None)
+
+
+def test_a_record_without_a_plan_is_planned(plans):
+    space = tiny_space()
+    job = space.job(space.point({"ranks": 2, "batch": 64, "pipeline": "none", "user": "any"}))
+    full = record_of(job, plans)
+    bare = Record("r:1", job, "does not fit", "killed", np.nan, np.nan, 0, (), {}, {}, None, None)
+    tables = [record_features([record], plans) for record in (full, bare)]
+    np.testing.assert_array_equal(tables[0].inputs_NF, tables[1].inputs_NF)
+
+
+def test_knobs_that_no_plan_depends_on_cost_no_plan():
+    plans, space = Plans(), tiny_space()
+    featuriser = Featuriser(space, plans)
+    points = list(space.enumerate())
+    featuriser([p for p in points if p["pipeline"] == "none"])
+    planned = len(plans)
+    table = featuriser(points).table
+    assert len(plans) == planned == 4 + 12
+    assert set(table.inputs_NF[:, INPUTS.index("pipelined")]) == {0.0, 1.0}
+
+
+def test_what_the_planner_refuses_has_a_reason_and_no_features(plans):
+    """A batch of 512 needs more memory than one of 64."""
+    room = cluster("cpu", 2, 2).model_copy(update={"host_memory_gb": Figure(value=2.5e-4, source="test")})
+    space = tiny_space(machines=room)
+    points = list(space.enumerate())
+    candidates = Featuriser(space, plans)(points)
+    refused = set(candidates.reasons)
+    assert 0 < len(refused) < len(points)
+    assert max(points[i]["batch"] for i in refused) == 512 and all("fits" in r for r in candidates.reasons.values())
+    assert [i for i, ok in enumerate(candidates.table.feasible_N) if not ok] == sorted(refused)
+    assert np.isfinite(candidates.table.inputs_NF[candidates.table.feasible_N]).all()
+
+
+def test_ten_thousand_candidates_take_less_than_a_second(plans):
+    space = tiny_space()
+    featuriser, rng = Featuriser(space, plans), np.random.default_rng(0)
+    featuriser(list(space.enumerate()))
+    points = [space.sample(rng) for _ in range(10_000)]
+    started = time.process_time()
+    table = featuriser(points).table
+    assert time.process_time() - started < 0.7 and len(table) == 10_000
+
+
+def test_tables_join_and_part(plans):
+    space = tiny_space()
+    table = Featuriser(space, plans)(list(space.enumerate())).table
+    halves = [table.take(np.arange(0, 10)), table.take(np.arange(10, len(table)))]
+    np.testing.assert_array_equal(FeatureTable.join(halves).terms_NK, table.terms_NK)
+    assert table.terms_NK.shape == (space.size, len(TERMS)) and table.inputs_NF.shape == (space.size, len(INPUTS))
+
+
+def test_batch_and_threads_are_in_the_features(plans):
+    threads = {"kind": "categorical", "key": "launch.threads_per_rank", "values": [1, 2]}
+    space = tiny_space({**KNOBS, "threads": threads})
+    point = {"ranks": 1, "batch": 128, "pipeline": "none"}
+    one, two = Featuriser(space, plans)([space.point({**point, "threads": n}) for n in (1, 2)]).table.terms_NK
+    assert two[TERMS.index("dense")] == one[TERMS.index("dense")] / 2 and one.sum() > two.sum()
