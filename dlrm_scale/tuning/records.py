@@ -3,10 +3,12 @@
 history = read_records(["runs/records.jsonl"]); usable, prior = history.split(hardware, versions)
 """
 
+import gzip
 import hashlib
 import json
 import math
 import os
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,9 +125,10 @@ def read_records(paths: Sequence[str | Path]) -> History:
     records, problems = [], []
     for path in paths:
         try:
-            lines = Path(path).read_bytes().splitlines()
-        except OSError as e:
-            raise ConfigError(f"cannot read the records {path}: {e.strerror}") from None
+            content = Path(path).read_bytes()
+            lines = (gzip.decompress(content) if Path(path).suffix == ".gz" else content).splitlines()
+        except (OSError, EOFError, zlib.error) as e:  # the latter for a .gz that is cut off or altered
+            raise ConfigError(f"cannot read the records {path}: {getattr(e, 'strerror', None) or e}") from None
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
