@@ -6,6 +6,7 @@
 A scheduler that runs trials elsewhere must see the tuning folder under the same path: progress and results come through it.
 """
 
+import fcntl
 import math
 import os
 import signal
@@ -109,16 +110,20 @@ class Launcher:
         self.runner.close()
 
     def has_room(self, trial: Trial) -> bool:
-        """Whether it may start beside those that run: on this machine, only if all of their threads have a core each."""
+        """Whether it may start beside those that run: on this machine, only if all of their threads have a core each, and on its
+        GPUs not at all, since ranks take them from the first on."""
         if not self.running:
             return True
         if len(self.running) >= self.limits.parallel:
+            return False
+        if self.is_local and trial.job.cluster.device == "cuda":
             return False
         return not self.is_local or sum(map(_threads, (r.trial for r in self.running))) + _threads(trial) <= cores()
 
     def launch(self, trial: Trial) -> None:
         """Raises LaunchError: the scheduler did not take it."""
         folder = self.folder / "trials" / trial.name
+        wait_for_earlier(folder)
         arguments = [*_options(self.job_arguments), *prepare(trial, folder)]
         settings = dict(self.settings)
         if self.is_local and "log_dir" not in settings:
@@ -181,6 +186,20 @@ class Launcher:
             self.runner.cancel(running.handle)
         except Exception as e:  # it may have ended in between
             print(f"note: could not cancel {running.handle}: {_first_line(e)}", file=sys.stderr)
+
+
+def wait_for_earlier(folder: Path) -> None:
+    """A tuner that was killed leaves its trial running: it would write into the folder of the next one, and slow it down."""
+    try:
+        lock = (folder / "run" / ".lock").open()  # which a run holds as long as it lives
+    except OSError:
+        return
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"note: {folder.name} of an earlier call still runs; waiting for it to end", file=sys.stderr)
+            fcntl.flock(lock, fcntl.LOCK_EX)
 
 
 def _threads(trial: Trial) -> int:

@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import time
 
 import pytest
 import yaml
@@ -9,6 +11,7 @@ import yaml
 from dlrm_scale.config_io import apply_override, parse_config
 from dlrm_scale.overrides import load_tuned
 from dlrm_scale.tuning.knobs import Point
+from dlrm_scale.tuning.launcher import wait_for_earlier
 from dlrm_scale.tuning.plans import Plans
 from dlrm_scale.tuning.records import append_record, read_records
 from dlrm_scale.tuning.space import Space, load_space
@@ -178,3 +181,16 @@ def test_a_trial_without_a_measured_record_has_none(trial, tmp_path, text):
     if text is not None:
         (tmp_path / "records.jsonl").write_text(text)
     assert finished_record(trial, tmp_path) is None
+
+
+def test_a_run_that_a_killed_tuner_left_is_waited_for(tmp_path, capfd):
+    (tmp_path / "run").mkdir()
+    holder = subprocess.Popen(["flock", str(tmp_path / "run" / ".lock"), "sleep", "0.6"])
+    while subprocess.run(["flock", "--nonblock", str(tmp_path / "run" / ".lock"), "true"]).returncode == 0:
+        time.sleep(0.01)
+    wait_for_earlier(tmp_path)
+    assert "still runs; waiting" in capfd.readouterr().err
+    holder.wait(timeout=1)
+    wait_for_earlier(tmp_path)
+    wait_for_earlier(tmp_path / "never begun")
+    assert capfd.readouterr().err == ""

@@ -4,7 +4,7 @@ import argparse
 import gzip
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -63,9 +63,9 @@ class Part:
         if not path.exists():
             append_record(path, made_for)
             return
-        lines = [json.loads(line) for line in path.read_text().split("\n")[:-1]]
-        if lines[0] != made_for:
-            raise ConfigError(f"{path} is of another table: {lines[0]}, not {made_for}; finish that one, or remove it")
+        lines = list(_whole_lines(path.read_text()))
+        if lines[:1] != [made_for]:
+            raise ConfigError(f"{path} is of another table than {made_for}: {lines[:1]}; finish that one, or remove it")
         self.times = {(line["repeat"], line["index"]): line["step_ms"] for line in lines[1:]}
 
     def add(self, repeat: int, index: int, step_ms: dict[str, float]) -> None:
@@ -106,6 +106,15 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     _write(Path(args.out), records)
     part.path.unlink()
     return {"space": args.space, **summary(args.out, records)}
+
+
+def _whole_lines(text: str) -> Iterator[dict[str, Any]]:
+    """Without those that a kill cut short; the next append has ended them."""
+    for line in text.splitlines():
+        try:
+            yield json.loads(line)
+        except ValueError:
+            continue
 
 
 def draw(space: Space, num_points: int, seed: int) -> list[Row]:
