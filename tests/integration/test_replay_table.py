@@ -3,10 +3,10 @@
 import json
 
 import pytest
-import yaml
 
 from dlrm_scale.tuning.records import read_records
 from tests.support.configs import TINY
+from tests.support.spaces import write_space
 from tools.benchmark.__main__ import main
 
 KNOBS = {
@@ -17,9 +17,7 @@ KNOBS = {
 
 @pytest.mark.timeout(300)
 def test_every_point_is_measured_in_every_round(tmp_path, capsys):
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(TINY))
-    space = tmp_path / "space.yaml"
-    space.write_text(yaml.safe_dump({"base": str(tmp_path / "config.yaml"), "cluster": "2xcpu", "knobs": KNOBS}))
+    space = write_space(tmp_path, KNOBS, TINY)
     out = tmp_path / "table.jsonl.gz"
     sizes = ["--points", "4", "--repeats", "2", "--steps", "8"]
     assert main(["replay_table", "--space", str(space), *sizes, "--out", str(out), "--json"]) == 0

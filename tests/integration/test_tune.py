@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from dlrm_scale.errors import EXIT_INTERRUPTED
 from dlrm_scale.tuning.records import read_records
 from tests.support.configs import TINY
 from tests.support.launch import ROOT, finish, user_environment
+from tests.support.spaces import write_space
 
 pytestmark = pytest.mark.timeout(900)  # 150 s in all where nothing else runs
 
@@ -33,9 +33,7 @@ class Tune:
         self.folder = folder / "tune"
         tree = copy.deepcopy(TINY)
         tree["train"] |= train
-        self.config, self.space = folder / "config.yaml", folder / "space.yaml"
-        self.config.write_text(yaml.safe_dump(tree))
-        self.space.write_text(yaml.safe_dump({"base": str(self.config), "cluster": "2xcpu", "knobs": knobs}))
+        self.space = write_space(folder, knobs, tree)
         self.process: subprocess.Popen | None = None
 
     def start(self, command: str, *arguments: str) -> subprocess.Popen:

@@ -3,12 +3,11 @@
 import argparse
 
 import pytest
-import yaml
 
 from dlrm_scale.errors import ConfigError
 from dlrm_scale.tuning.records import read_records
 from dlrm_scale.tuning.space import load_space
-from tests.support.configs import TINY
+from tests.support.spaces import write_space
 from tools.benchmark.replay_table import Part, _write, draw, record, summary
 
 KNOBS = {
@@ -20,11 +19,7 @@ MADE_FOR = {"space": "a", "points": 2, "steps": 8, "seed": 0}
 
 @pytest.fixture
 def space(tmp_path):
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(TINY))
-    (tmp_path / "space.yaml").write_text(
-        yaml.safe_dump({"base": str(tmp_path / "config.yaml"), "cluster": "2xcpu", "knobs": KNOBS})
-    )
-    return load_space(tmp_path / "space.yaml")
+    return load_space(write_space(tmp_path, KNOBS))
 
 
 def times(p50: float) -> dict[str, float]:

@@ -5,13 +5,12 @@ import math
 
 import numpy as np
 import pytest
-import yaml
 from rich.console import Console
 from scipy.stats import kendalltau
 
 from dlrm_scale.errors import ConfigError
 from dlrm_scale.tuning.space import load_space
-from tests.support.configs import TINY
+from tests.support.spaces import QUICK, write_space
 from tools.tune.charts import Axis
 from tools.tune.cli import main
 from tools.tune.report import frontier, kendall_tau
@@ -23,10 +22,7 @@ KNOBS = {"batch": {"kind": "categorical", "key": "train.global_batch_size", "val
 
 @pytest.fixture
 def space_file(tmp_path):
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(TINY))
-    path = tmp_path / "space.yaml"
-    path.write_text(yaml.safe_dump({"base": str(tmp_path / "config.yaml"), "cluster": "2xcpu", "knobs": KNOBS}))
-    return path
+    return write_space(tmp_path, KNOBS)
 
 
 # ------------------------------------------------------------ speed and quality
@@ -84,8 +80,7 @@ def test_a_folder_of_another_space_is_refused(space_file, tmp_path):
     session = Session(tmp_path / "f", load_space(space_file), Console(quiet=True))
     session.save(searcher={}, asked={})
     session.lock.close()
-    tree = {**TINY, "train": {**TINY["train"], "max_steps": 21}}
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+    write_space(tmp_path, KNOBS, {**QUICK, "train": {**QUICK["train"], "max_steps": 21}})
     with pytest.raises(ConfigError, match="go on with the files as they were, or name another --folder"):
         Session(tmp_path / "f", load_space(space_file), Console(quiet=True))
 

@@ -6,7 +6,6 @@ import subprocess
 import time
 
 import pytest
-import yaml
 
 from dlrm_scale.config_io import apply_override, parse_config
 from dlrm_scale.overrides import load_tuned
@@ -28,7 +27,7 @@ from dlrm_scale.tuning.trial import (
     whole,
     why_failed,
 )
-from tests.support.configs import TINY
+from tests.support.spaces import write_space
 from tools.tune.common import base_job
 
 KNOBS = {
@@ -39,16 +38,12 @@ KNOBS = {
 POINT = {"ranks": 2, "batch": 192, "user": "row_wise"}
 
 
-@pytest.fixture
-def space(tmp_path) -> Space:
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(TINY))
-    (tmp_path / "space.yaml").write_text(
-        yaml.safe_dump({"base": str(tmp_path / "config.yaml"), "cluster": "2xcpu", "knobs": KNOBS})
-    )
-    return load_space(tmp_path / "space.yaml")
+@pytest.fixture(scope="module")
+def space(tmp_path_factory) -> Space:
+    return load_space(write_space(tmp_path_factory.mktemp("space"), KNOBS))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def trial(space) -> Trial:
     job = space.job(space.point(POINT))
     return Trial("trial_0001", space, job, space.point(POINT), Plans().plan(job.config, job.cluster), short(40), 40)
