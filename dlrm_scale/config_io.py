@@ -113,22 +113,40 @@ def fingerprint(model: BaseModel) -> str:
 
 def apply_override(tree: dict[str, Any], override: str) -> None:
     """Writes `a.b.c=value` into a plain tree, sections that are missing on the way too. Raises ConfigError: it is no override."""
+    set_value(tree, *parse_override(override))
+
+
+def parse_override(override: str) -> tuple[str, Any]:
+    """Key and value of `a.b.c=value`. Raises ConfigError: it is no override."""
     key, equals, text = override.partition("=")
     if not equals or not key or key.startswith("-"):
         raise ConfigError(f"an override reads section.key=value, but this is {override!r}; see --help")
-    *parents, leaf = key.split(".")
     try:
-        value = _read_yaml(text)
+        return key, _read_yaml(text)
     except yaml.YAMLError as e:
         raise ConfigError(f"the value of override {override!r} is not valid YAML: {e}") from None
+
+
+def set_value(tree: dict[str, Any], key: str, value: Any) -> None:
+    """Raises ConfigError: a part of the dotted key is a value, not a section."""
+    *parents, leaf = key.split(".")
     node = tree
     for depth, parent in enumerate(parents):
         node = node.setdefault(parent, {})
         if not isinstance(node, dict):
             raise ConfigError(
-                f"override {override!r}: {'.'.join(parents[: depth + 1])} is a value, not a section; give it whole"
+                f"override {key}={value}: {'.'.join(parents[: depth + 1])} is a value, not a section; give it whole"
             )
     node[leaf] = value
+
+
+def leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Values by dotted key; the entries of a list by their number."""
+    if isinstance(tree, dict) and tree:
+        return {k: v for key, value in tree.items() for k, v in leaves(value, f"{prefix}{key}.").items()}
+    if isinstance(tree, list) and tree:
+        return {k: v for i, value in enumerate(tree) for k, v in leaves(value, f"{prefix}{i}.").items()}
+    return {prefix.rstrip("."): tree}
 
 
 def _describe(error: Any, root: type[BaseModel]) -> str:

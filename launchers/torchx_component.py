@@ -16,10 +16,12 @@ RENDEZVOUS_PORT = 29500
 
 
 def train(
-    *overrides: str,
+    *changes: str,
     config: str,
-    nproc: int = 2,
+    overrides: str = "",
+    nproc: int = 0,
     nnodes: int = 1,
+    threads: int = 0,
     cpu: int = 2,
     gpu: int = 0,
     memMB: int = 8192,
@@ -29,10 +31,12 @@ def train(
     """Trains what a config file says.
 
     Args:
-        overrides: changes to the config, key=value, after all options: train.max_steps=100
+        changes: to the config, key=value, after all options: train.max_steps=100
         config: path of the config file, relative to the repository's root
-        nproc: ranks on each machine; on GPUs one a GPU
+        overrides: path of a file that tools.tune wrote for that config
+        nproc: ranks on each machine; 0: as the overrides file says, or else one a GPU, without a GPU 2
         nnodes: machines
+        threads: of each rank; 0: as the overrides file says, or else cores / ranks
         cpu: cores to ask for, on each machine
         gpu: GPUs to ask for, on each machine
         memMB: memory to ask for, on each machine
@@ -43,9 +47,11 @@ def train(
     # some leave it unset on machine 0 itself.
     endpoint = f'"$${{{macros.rank0_env}:-localhost}}:{RENDEZVOUS_PORT}"'
     multi_node = f"--node-rank {macros.replica_id} --rdzv-endpoint {endpoint}" if nnodes > 1 else ""
+    given = {"nproc": nproc, "threads": threads, "overrides": shlex.quote(overrides) if overrides else ""}
+    options = " ".join(f"--{name} {value}" for name, value in given.items() if value)
     command = (
-        f"exec launchers/torchrun.sh --nproc {nproc} --nnodes {nnodes} {multi_node} --max-restarts {max_restarts} "
-        f"--config {shlex.quote(config)} {shlex.join(overrides)}"
+        f"exec launchers/torchrun.sh {options} --nnodes {nnodes} {multi_node} --max-restarts {max_restarts} "
+        f"--config {shlex.quote(config)} {shlex.join(changes)}"
     )
     return specs.AppDef(
         name="train",

@@ -116,6 +116,14 @@ class Plan(Strict):
             rows.append((name, f"{spec.num_embeddings} x {spec.embedding_dim}", plan.sharding_type, where))
         return rows
 
+    def as_recorded(self) -> dict[str, Any]:
+        """The part `plan` of a record."""
+        return {
+            "fingerprint": self.fingerprint,
+            "sharding_types": {name: table.sharding_type for name, table in self.tables.items()},
+            "ranks": [load.model_dump(mode="json") for load in self.ranks],
+        }
+
 
 def plan_request(
     config: RunConfig, cluster: ClusterSpec, num_dense_parameters: int, dense_activation_bytes: int = 0

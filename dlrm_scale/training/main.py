@@ -22,6 +22,7 @@ from dlrm_scale.errors import (
     UserError,
 )
 from dlrm_scale.libraries import loading_libraries
+from dlrm_scale.overrides import load_tuned
 from dlrm_scale.resilience.orphan import end_with_launcher
 from dlrm_scale.resilience.preemption import Preemption
 
@@ -41,6 +42,12 @@ def build_parser() -> argparse.ArgumentParser:
         "overrides", nargs="*", metavar="section.key=value", help="replaces one value of the configuration"
     )
     parser.add_argument(
+        "--overrides",
+        dest="overrides_file",
+        metavar="JSON",
+        help="a file of overrides that tools.tune wrote for this configuration; those of the command line come after them",
+    )
+    parser.add_argument(
         "--print-config", action="store_true", help="print the resolved configuration and its fingerprint, and stop"
     )
     return parser
@@ -51,7 +58,8 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_intermixed_args(argv)
     preemption = Preemption()
     try:
-        config = load_config(args.config, args.overrides)
+        file = args.overrides_file
+        config = load_tuned(args.config, file, args.overrides) if file else load_config(args.config, args.overrides)
         if args.print_config:
             print(f"# fingerprint {fingerprint(config)}\n{dump_config(config)}", end="")
             return 0

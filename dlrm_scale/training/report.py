@@ -3,26 +3,25 @@
 import json
 import math
 import os
-import platform
 from dataclasses import asdict
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from dlrm_scale.cluster import ClusterSpec
 from dlrm_scale.config import RunConfig
 from dlrm_scale.config_io import fingerprint
+from dlrm_scale.record_format import origin
 from dlrm_scale.resilience.goodput import Goodput
 from dlrm_scale.sharding.plan import Plan
 from dlrm_scale.training.clock import STAGES
 from dlrm_scale.training.monitor import Metrics, percentiles
 from dlrm_scale.training.result import TrainResult
 
-RECORD_FORMAT = 1
 SHOWN = ("ne", "auc", "gauc", "calibration", "log_loss")
 
 
@@ -105,20 +104,14 @@ def run_record(
 ) -> dict[str, Any]:
     """One run as the tuner reads it: what it was asked for, on what, how fast, how good."""
     return {
-        "format": RECORD_FORMAT,
+        **origin(cluster.num_ranks, torch.get_num_threads()),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "outcome": "ok",
         "name": config.name,
         "config_fingerprint": fingerprint(config),
         "config": config.model_dump(mode="json"),
         "cluster": cluster.model_dump(mode="json"),
-        "plan": {
-            "fingerprint": plan.fingerprint,
-            "sharding_types": {name: t.sharding_type for name, t in plan.tables.items()},
-            "ranks": [r.model_dump(mode="json") for r in plan.ranks],
-        },
-        "versions": {p: version(p) for p in ("torch", "torchrec", "fbgemm-gpu", "dlrm-scale")}
-        | {"python": platform.python_version()},
+        "plan": plan.as_recorded(),
         "num_steps": result.num_steps,
         "samples_consumed": result.samples_consumed,
         "samples_per_second": result.samples_per_second,

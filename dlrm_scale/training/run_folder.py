@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from dlrm_scale.config import RunConfig
-from dlrm_scale.config_io import dump_config, fingerprint, load_config
+from dlrm_scale.config_io import dump_config, fingerprint, leaves, load_config
 from dlrm_scale.errors import ConfigError
 from dlrm_scale.training.report import append_line
 
@@ -143,7 +143,7 @@ def refuse_differences(then: dict[str, Any], now: dict[str, Any], where: str) ->
 
 def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """One line for each key that decides what is learned and is not the same."""
-    had, has = _leaves(then), _leaves(now)
+    had, has = leaves(then), leaves(now)
     keys = [key for key in sorted(set(had) | set(has)) if had.get(key) != has.get(key)]
     may_not = [key for key in keys if not any(key == free or key.startswith(f"{free}.") for free in MAY_DIFFER)]
     return [f"{key}: {had.get(key, 'not set')} there, {has.get(key, 'not set')} now" for key in may_not]
@@ -169,12 +169,3 @@ def _run_dir(config: RunConfig) -> Path:
 
 def _plain(config: RunConfig) -> dict[str, Any]:
     return config.model_dump(mode="json")
-
-
-def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Values by dotted key; the entries of a list by their number."""
-    if isinstance(tree, dict) and tree:
-        return {k: v for key, value in tree.items() for k, v in _leaves(value, f"{prefix}{key}.").items()}
-    if isinstance(tree, list) and tree:
-        return {k: v for i, value in enumerate(tree) for k, v in _leaves(value, f"{prefix}{i}.").items()}
-    return {prefix.rstrip("."): tree}

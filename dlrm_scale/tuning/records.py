@@ -3,11 +3,12 @@
 history = read_records(["runs/records.jsonl"]); usable, prior = history.split(hardware, versions)
 """
 
+import gzip
 import hashlib
 import json
 import math
 import os
-import platform
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +20,12 @@ from dlrm_scale.cluster import ClusterSpec
 from dlrm_scale.config import RunConfig
 from dlrm_scale.config_io import parse_config, parse_tree
 from dlrm_scale.errors import ConfigError
+from dlrm_scale.record_format import COMPARED_VERSIONS, FORMAT
 from dlrm_scale.sharding.plan import RankLoad
 from dlrm_scale.strict import Strict
 from dlrm_scale.tuning.knobs import Value
 from dlrm_scale.tuning.space import Job, Launch
 
-FORMAT = 1
-COMPARED_VERSIONS = ("torch", "torchrec", "fbgemm-gpu", "dlrm-scale")  # each can change what a step takes
 Outcome = Literal["ok", "does not fit", "failed"]
 OUTCOMES = ("ok", "does not fit", "failed")
 _LOADS = TypeAdapter(tuple[RankLoad, ...])
@@ -125,9 +125,10 @@ def read_records(paths: Sequence[str | Path]) -> History:
     records, problems = [], []
     for path in paths:
         try:
-            lines = Path(path).read_bytes().splitlines()
-        except OSError as e:
-            raise ConfigError(f"cannot read the records {path}: {e.strerror}") from None
+            content = Path(path).read_bytes()
+            lines = (gzip.decompress(content) if Path(path).suffix == ".gz" else content).splitlines()
+        except (OSError, EOFError, zlib.error) as e:  # the latter for a .gz that is cut off or altered
+            raise ConfigError(f"cannot read the records {path}: {getattr(e, 'strerror', None) or e}") from None
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
@@ -222,24 +223,3 @@ def records_fingerprint(records: Sequence[Record]) -> str:
         for r in records
     )  # fmt: skip
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
-
-
-def hardware_facts() -> dict[str, Any]:
-    """The part `hardware` of a record of this machine: what makes times comparable, and its fingerprint."""
-    import torch
-
-    facts: dict[str, Any] = {
-        "cpu": _cpu_model(),
-        "cores": os.cpu_count(),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
-        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-    }
-    return {**facts, "fingerprint": hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]}
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -57,6 +57,14 @@ def test_overrides_reach_the_launcher_untouched():
     assert launcher_args(command)[-2:] == overrides
 
 
+def test_an_overrides_file_brings_its_ranks_and_threads_unless_they_are_given():
+    (command,) = requests("--config", "a.yaml", "--overrides", "my best.json")
+    args = launcher_args(command)
+    assert args == ["--overrides", "my best.json", "--nnodes", "1", "--max-restarts", "0", "--config", "a.yaml"]
+    (command,) = requests("--config", "a.yaml", "--overrides", "best.json", "--nproc", "2", "--threads", "3")
+    assert launcher_args(command)[:6] == ["--nproc", "2", "--threads", "3", "--overrides", "best.json"]
+
+
 @pytest.mark.parametrize("args", [["--nproc", "4"], [*ARGS, "--nproc", "four"]], ids=["no config", "not a number"])
 def test_wrong_arguments_are_refused_by_the_command_line(args):
     with pytest.raises(SystemExit) as stopped:

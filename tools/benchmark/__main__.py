@@ -21,6 +21,7 @@ COMMANDS = {
     "cluster": "memory and collectives of this machine, as a cluster file",
     "plan": "our planner beside TorchRec's",
     "predictor": "the tuner's predictor on workloads it never saw, beside simpler ones",
+    "replay_table": "points of a tuning space, really measured, for searchers to be compared on",
     "search": "the tuner's searchers: how many launches until a point is near the best",
     "truth": "predicted step times beside those of real training",
 }

@@ -1,0 +1,142 @@
+"""tools.tune without launches: what is decided of measured figures, and what is refused before anything starts."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from rich.console import Console
+from scipy.stats import kendalltau
+
+from dlrm_scale.errors import ConfigError
+from dlrm_scale.tuning.space import load_space
+from tests.support.spaces import QUICK, write_space
+from tools.tune.charts import Axis
+from tools.tune.cli import main
+from tools.tune.report import frontier, kendall_tau
+from tools.tune.session import Session
+from tools.tune.verify import Quality, Speed, ne_of
+
+KNOBS = {"batch": {"kind": "categorical", "key": "train.global_batch_size", "values": [64, 128]}}
+
+
+@pytest.fixture
+def space_file(tmp_path):
+    return write_space(tmp_path, KNOBS)
+
+
+# ------------------------------------------------------------ speed and quality
+def test_the_gain_is_the_median_of_pairs_not_of_all_runs():
+    speed = Speed(base=[100.0, 200.0, 50.0], candidate=[130.0, 220.0, 60.0])  # the machine's speed changed in between
+    assert speed.gain == pytest.approx(1.2) and speed.is_certain
+    assert not Speed(base=[100.0, 200.0], candidate=[150.0, 199.0]).is_certain
+
+
+@pytest.mark.parametrize(
+    ("candidate", "within", "hopeless"),
+    [
+        ([0.800, 0.802, 0.804], True, False),  # the same
+        ([0.790, 0.792, 0.794], True, False),  # better
+        ([0.803, 0.805, 0.807], True, False),  # worse by 0.003, of a noise of 2 x 0.002 x sqrt(2/3) = 0.0033
+        ([0.804, 0.806, 0.808], False, False),  # worse by 0.004
+        ([0.820], False, True),  # one seed shows it
+        ([math.inf], False, True),  # it diverged
+    ],
+)
+def test_quality_within_noise(candidate, within, hopeless):
+    quality = Quality("click", [0.800, 0.802, 0.804], candidate)
+    assert (quality.is_within_noise, quality.is_hopeless) == (within, hopeless)
+
+
+def test_an_ne_that_is_no_number_is_worse_than_any():
+    assert ne_of([{"metrics": {"click": {"ne": None}}}, {"metrics": {"click": {"ne": 0.8}}}], "click") == [
+        math.inf,
+        0.8,
+    ]
+
+
+# ------------------------------------------------------------ report
+def test_the_frontier_joins_what_no_other_beats():
+    runs = [(2.0, 10.0), (1.0, 5.0), (3.0, 9.0), (1.0, 4.0), (4.0, 11.0)]
+    assert frontier(runs) == [(1.0, 5.0), (2.0, 10.0), (4.0, 11.0)]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_kendall_tau_with_ties(seed):
+    one, other = np.random.default_rng(seed).integers(0, 6, size=(2, 30)).astype(float)
+    assert kendall_tau(one, other) == pytest.approx(kendalltau(one, other).statistic)
+
+
+@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize("values", [[3.0], [3.0, 3.0], [0.5, 200.0]])
+def test_an_axis_shows_all_values(values, log):
+    axis = Axis.around("ms", values, log)
+    assert all(0 < axis.part(value) < 1 for value in values)
+    assert axis.part(axis.low) == 0 and axis.part(axis.high) == pytest.approx(1)
+
+
+# ------------------------------------------------------------ folders
+def test_a_folder_of_another_space_is_refused(space_file, tmp_path):
+    session = Session(tmp_path / "f", load_space(space_file), Console(quiet=True))
+    session.save(searcher={}, asked={})
+    session.lock.close()
+    write_space(tmp_path, KNOBS, {**QUICK, "train": {**QUICK["train"], "max_steps": 21}})
+    with pytest.raises(ConfigError, match="go on with the files as they were, or name another --folder"):
+        Session(tmp_path / "f", load_space(space_file), Console(quiet=True))
+
+
+def test_a_folder_is_held_by_one_process_at_a_time(space_file, tmp_path):
+    session = Session(tmp_path / "f", load_space(space_file), Console(quiet=True))
+    with pytest.raises(ConfigError, match=r"another tools\.tune works in"):
+        Session(tmp_path / "f", load_space(space_file), Console(quiet=True))
+    session.lock.close()
+
+
+def test_history_stays_what_it_was_when_the_search_began(space_file, tmp_path):
+    session = Session(tmp_path / "f", load_space(space_file), Console(quiet=True))
+    (tmp_path / "a.jsonl").write_text('{"cut')
+    (tmp_path / "b.jsonl").write_text('{"whole": 1}\n')
+    (kept,) = session.keep_history([str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")])
+    assert kept.read_text().splitlines()[:2] == ['{"cut', '{"whole": 1}']
+    (tmp_path / "b.jsonl").write_text("")
+    assert session.keep_history([]) == [kept] and "whole" in kept.read_text()
+    session.lock.close()
+
+
+# ------------------------------------------------------------ command line
+def test_suggest_works_without_a_record_and_says_how_sure_it_is(space_file, capsys):
+    assert main(["suggest", "--space", str(space_file), "--top", "1", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    (best,) = result["suggestions"]
+    assert "no run was measured" in result["basis"] and best["chance_faster_than_base"] is None
+    assert best["point"] == {"batch": 128} and best["overrides"] == ["train.global_batch_size=128"]
+    low, high = best["step_ms_90"]
+    assert low < best["step_ms"] / 3 and high > best["step_ms"] * 3  # the analytic model alone may be far off
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "code", "says"),
+    [
+        ("run", ["--launches", "0"], 2, "--launches and --repeats must be 1 or more"),
+        ("run", ["--quality-seeds", "1"], 2, "one seed shows no noise"),
+        ("run", ["--steps", "7"], 2, "--steps must be 8 or more: warm-up and logs are parts of it, but is 7"),
+        ("run", ["--hopeless", "1"], 2, "--hopeless must be"),
+        ("run", ["--job-arg", "gpu"], 2, "--job-arg reads name=value"),
+        ("run", ["--records", "nowhere.jsonl"], 2, "cannot read the records nowhere.jsonl"),
+        ("run", ["--scheduler-args", "partition=gpu"], 2, "scheduler local_cwd has no setting partition=gpu"),
+        ("collect", ["--points", "0"], 2, "--points must be 1 or more"),
+        ("report", ["--out", "page.html"], 2, "cannot read the records"),
+    ],
+)
+def test_a_wrong_call_is_refused_before_anything_starts(space_file, tmp_path, capsys, command, arguments, code, says):
+    assert main([command, "--space", str(space_file), "--folder", str(tmp_path / "f"), *arguments]) == code
+    assert says in capsys.readouterr().err
+    assert not (tmp_path / "f" / "records.jsonl").exists()
+
+
+@pytest.mark.parametrize("command", ["fit", "evaluate"])
+def test_an_empty_history_is_named(tmp_path, capsys, command):
+    (tmp_path / "records.jsonl").write_text('{"format": 1}\n')
+    out = ["--out", str(tmp_path / "p.pt")] if command == "fit" else []
+    assert main([command, "--records", str(tmp_path / "records.jsonl"), *out]) == 2
+    assert "are needed" in capsys.readouterr().err
