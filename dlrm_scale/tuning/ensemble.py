@@ -84,7 +84,7 @@ def train(
     """`weight_MN`: 0 where a member must not see a run."""
     timed_N = y.fits_N
     network = [ensemble.w1_MFH, ensemble.w2_MHH, ensemble.out_MH2]
-    optimizer = torch.optim.Adam(ensemble.parameters(), lr=how.lr)
+    optimizer = torch.optim.Adam(ensemble.parameters(), lr=how.lr, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, how.lr, total_steps=how.steps, pct_start=0.1)
     first, second = _pairs(y.group_N, timed_N, how.pairs_per_run, generator)
     timed_MN = weight_MN * timed_N
@@ -128,7 +128,7 @@ def _ranking_loss(log_ms_MN: Tensor, x: Inputs, y: Targets, first: Tensor, secon
     """Logistic, of milliseconds a sample, weighted by how far apart the two were measured: near ties are noise."""
     true_P = (y.log_ms_N - x.log_samples_N)[first] - (y.log_ms_N - x.log_samples_N)[second]
     cost_MN = log_ms_MN - x.log_samples_N
-    predicted_MP = cost_MN[:, first] - cost_MN[:, second]
+    predicted_MP = cost_MN.index_select(1, first) - cost_MN.index_select(1, second)  # indexing is slow to differentiate
     weight_MP = timed_MN[:, first] * timed_MN[:, second] * true_P.abs()
     losses = functional.softplus(-torch.sign(true_P) * predicted_MP / 0.1) * 0.1
     return (losses * weight_MP).sum(1).div(weight_MP.sum(1).clamp(min=1e-6)).sum()

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dlrm_scale.config import RunConfig
 from dlrm_scale.errors import ConfigError, NoPlanError
-from dlrm_scale.tuning.features import PLAN_NUMBERS, FeatureTable, derive, plan_numbers, run_numbers
+from dlrm_scale.tuning.features import PLAN_NUMBERS, RUN_NUMBERS, FeatureTable, derive, plan_numbers, run_numbers
 from dlrm_scale.tuning.knobs import Point
 from dlrm_scale.tuning.plans import Plans, local_batch_size
 from dlrm_scale.tuning.records import Record
@@ -51,7 +52,8 @@ class Featuriser:
                 reasons[i], plan = plan, missing
             plan_rows.append(plan)
             run_rows.append(self._run_row(point, known=i not in reasons))
-        return Candidates(derive(np.stack(plan_rows), np.stack(run_rows)), reasons)
+        rows = (np.array(plan_rows).reshape(-1, len(PLAN_NUMBERS)), np.array(run_rows).reshape(-1, len(RUN_NUMBERS)))
+        return Candidates(derive(*rows), reasons)
 
     def _plan_row(self, point: Point) -> np.ndarray | str:
         key = tuple([point.get(name) for name in self._plan_knobs])
@@ -98,10 +100,10 @@ def record_features(records: Sequence[Record], plans: Plans) -> FeatureTable:
                 row = np.full(len(PLAN_NUMBERS), np.nan)
         plan_rows.append(row)
         run_rows.append(run_numbers(job.config, job.launch.threads_per_rank))
-    return derive(np.stack(plan_rows), np.stack(run_rows))
+    return derive(np.array(plan_rows).reshape(-1, len(PLAN_NUMBERS)), np.array(run_rows).reshape(-1, len(RUN_NUMBERS)))
 
 
-def workload_of(job: Job) -> str:
+def workload_of(config: RunConfig) -> str:
     """12 hex digits of the model: its features and dense arch."""
-    parts = [job.config.features.model_dump(mode="json"), job.config.model.model_dump(mode="json")]
+    parts = [config.features.model_dump(mode="json"), config.model.model_dump(mode="json")]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]

@@ -10,10 +10,11 @@ from typing import Any, Literal
 import numpy as np
 
 from dlrm_scale.tuning.features import FeatureTable
-from dlrm_scale.tuning.featurise import Featuriser
+from dlrm_scale.tuning.featurise import Featuriser, record_features, workload_of
 from dlrm_scale.tuning.knobs import Point
 from dlrm_scale.tuning.predictor import Measured, NeuralPredictor, Prediction, Predictor
 from dlrm_scale.tuning.proposers import PROPOSERS
+from dlrm_scale.tuning.records import Record
 from dlrm_scale.tuning.searcher import TellingSearcher, digest
 
 NUM_INITIAL = 5  # launches before the predictor has a say: the analytic model's best, then points far from each other
@@ -31,6 +32,16 @@ class KnownRuns:
 
     table: FeatureTable
     measured: Measured
+
+
+def known_runs(records: Sequence[Record], featuriser: Featuriser) -> KnownRuns:
+    """Of records that are usable here (see `History.split`); runs that failed say nothing and are left out."""
+    told = [record for record in records if record.outcome != "failed"]
+    own = workload_of(featuriser.space.base)
+    groups = {own: OWN_GROUP}
+    group_N = np.array([groups.setdefault(workload_of(r.job.config), len(groups)) for r in told], dtype=int)
+    step_ms_N, fits_N = np.array([r.step_ms for r in told]), np.array([r.outcome == "ok" for r in told], dtype=bool)
+    return KnownRuns(record_features(told, featuriser.plans), Measured(step_ms_N, fits_N, group_N))
 
 
 class PredictorSearcher(TellingSearcher):
@@ -94,7 +105,7 @@ class PredictorSearcher(TellingSearcher):
 
     def _initial(self, k: int) -> list[Point]:
         """The analytic model's best of a random pool, unless there is one already, and points of its better half far from others."""
-        pool = self.fresh(INITIAL_POOL)
+        pool = self._emptier(self.fresh(INITIAL_POOL))
         if not pool:
             return []
         table = self.featuriser(pool).table
@@ -106,6 +117,18 @@ class PredictorSearcher(TellingSearcher):
             rest = [point for point in better if point not in chosen]
             chosen.append(max(rest, key=lambda point: min(_distance(point, other) for other in others)))
         return chosen
+
+    def _emptier(self, pool: list[Point]) -> list[Point]:
+        """Once something did not fit: points that take less memory by the planner's count, and while nothing ever fitted, the emptier
+        half of those."""
+        misfits = [point for point, result in self.told if result.outcome == "does not fit"]
+        if not misfits or not pool:
+            return pool
+        fill_N = self.featuriser(pool).table.fill_N3.sum(1)
+        most = float(self.featuriser(misfits).table.fill_N3.sum(1).min())
+        if (fill_N < most).any() and not self._starts():
+            most = float(np.median(fill_N[fill_N < most]))
+        return [pool[i] for i in np.flatnonzero(fill_N <= max(most, fill_N.min())).tolist()]
 
     def _starts(self) -> list[Point]:
         """The best runs told, each once."""

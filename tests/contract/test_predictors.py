@@ -10,19 +10,14 @@ from dlrm_scale.tuning.ensemble import Training
 from dlrm_scale.tuning.features import FeatureTable
 from dlrm_scale.tuning.predictor import AnalyticPredictor, Measured, NeuralPredictor, Predictor
 from tests.support.tuning import random_table, true_step_ms
+from tools.benchmark.predictor_peers import BoostingPredictor, RidgePredictor
 
 PREDICTORS: dict[str, Callable[[int], Predictor]] = {
     "analytic": lambda seed: AnalyticPredictor(),
-    "neural": lambda seed: NeuralPredictor(seed, Training(steps=60)),
+    "neural": lambda seed: NeuralPredictor(seed, Training(steps=25)),
+    "linear": RidgePredictor,
+    "boosting": lambda seed: BoostingPredictor(seed, rounds=15),
 }
-try:
-    import sklearn  # noqa: F401  (the peers load it when they fit)
-
-    from tools.benchmark.predictor_peers import BoostingPredictor, RidgePredictor
-
-    PREDICTORS |= {"linear": RidgePredictor, "boosting": BoostingPredictor}
-except ImportError:  # a development dependency
-    pass
 
 
 @pytest.fixture(params=PREDICTORS)

@@ -13,11 +13,10 @@ from dlrm_scale.tuning.ensemble import Training
 from dlrm_scale.tuning.featurise import Featuriser
 from dlrm_scale.tuning.knobs import Point
 from dlrm_scale.tuning.model_search import KnownRuns, PredictorSearcher
-from dlrm_scale.tuning.plans import Plans
 from dlrm_scale.tuning.predictor import Measured, NeuralPredictor
 from dlrm_scale.tuning.searcher import RandomSearcher, Result, Searcher
 from tests.support.requests import cluster
-from tests.support.tuning import KNOBS, SIZE, tiny_space
+from tests.support.tuning import KNOBS, PLANS, SIZE, tiny_space
 from tools.benchmark.search_peers import AnalyticSearcher, TPESearcher
 
 BUDGET = 20
@@ -30,15 +29,10 @@ def quick(seed: int) -> NeuralPredictor:
 SEARCHERS: dict[str, Callable[[Featuriser, int], Searcher]] = {
     "random": RandomSearcher,
     "planner alone": AnalyticSearcher,
+    "tpe": TPESearcher,
     "reinforce": lambda f, seed: PredictorSearcher(f, seed, "reinforce", BUDGET, make_predictor=quick),
     "evolution": lambda f, seed: PredictorSearcher(f, seed, "evolution", BUDGET, make_predictor=quick),
 }
-try:
-    import optuna  # noqa: F401  (its searcher loads it when it is made)
-
-    SEARCHERS["tpe"] = TPESearcher
-except ImportError:  # a development dependency
-    pass
 GOES_ON = [name for name in SEARCHERS if name != "tpe"]  # Optuna's sampler keeps a state of its own
 
 
@@ -50,7 +44,7 @@ def name(request) -> str:
 
 @pytest.fixture(scope="module")
 def featuriser() -> Featuriser:
-    return Featuriser(tiny_space(), Plans())
+    return Featuriser(tiny_space(), PLANS)
 
 
 def step_ms(point: Point) -> float:
@@ -119,7 +113,7 @@ def test_a_restored_search_goes_on_as_the_unbroken_one(name, featuriser):
     [left, right] = unbroken.ask(2)
     broken.ask(2)
     text = json.dumps(broken.state(), allow_nan=False)
-    restored = SEARCHERS[name](Featuriser(featuriser.space, Plans()), 6)
+    restored = SEARCHERS[name](Featuriser(featuriser.space, PLANS), 6)
     restored.restore(json.loads(text))
     assert json.dumps(restored.state()) == text
     for searcher in (unbroken, restored):
@@ -160,7 +154,7 @@ def test_it_goes_on_when_every_launch_fails(name, featuriser, outcome):
 
 def test_what_the_planner_refuses_is_never_asked_for(name):
     room = cluster("cpu", 2, 2).model_copy(update={"host_memory_gb": Figure(value=2.5e-4, source="test")})
-    featuriser = Featuriser(tiny_space(machines=room), Plans())
+    featuriser = Featuriser(tiny_space(machines=room), PLANS)
     points = list(featuriser.space.enumerate())
     refused = {points[i] for i in featuriser(points).reasons}
     searcher = SEARCHERS[name](featuriser, 11)

@@ -8,6 +8,7 @@ import numpy as np
 from dlrm_scale.cluster import ClusterSpec
 from dlrm_scale.config_io import parse_tree
 from dlrm_scale.tuning.features import PLAN_NUMBERS, RUN_NUMBERS, FeatureTable, derive
+from dlrm_scale.tuning.plans import Plans
 from dlrm_scale.tuning.space import Space, SpaceFile
 from tests.support.configs import TINY
 from tests.support.requests import cluster
@@ -23,6 +24,7 @@ KNOBS: dict[str, dict[str, Any]] = {
         "when": {"ranks": [2]},
     },
 }
+PLANS = Plans()  # shared: the same few requests are planned over and over
 SIZE = 8 + 24  # on one rank, on two
 
 

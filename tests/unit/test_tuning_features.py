@@ -1,33 +1,39 @@
 """Features: the analytic model by hand, records and candidates alike, and the cost of thousands of rows."""
 
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from dlrm_scale.cluster import Figure
+from dlrm_scale.config_io import parse_config
 from dlrm_scale.models.dense_trace import trace_dense
 from dlrm_scale.tuning.features import FLOPS_PER_S, INPUTS, TERMS, FeatureTable, analytic_step_ms
 from dlrm_scale.tuning.featurise import Featuriser, record_features
+from dlrm_scale.tuning.model_search import OWN_GROUP, known_runs
 from dlrm_scale.tuning.plans import Plans
 from dlrm_scale.tuning.records import Record
-from tests.support.configs import tiny_config
 from tests.support.requests import cluster
-from tests.support.tuning import KNOBS, tiny_space
+from tests.support.tuning import KNOBS, PLANS, tiny_space, tiny_tree
+
+DCN = {"arch": "dlrm_dcnv2", "bottom_hidden": [16], "cross_layers": 1, "cross_rank": 4, "top_hidden": [16]}
 
 
 @pytest.fixture(scope="module")
 def plans():
-    return Plans()
+    return PLANS
 
 
 def test_the_dense_arch_is_traced_for_any_batch(plans):
-    """From two small traces; the arch has sequences, whose attention grows with the events but not with the batch."""
-    config = tiny_config()
+    """From two small traces."""
+    config = parse_config({**tiny_tree(), "model": DCN}, "tests")
     traced, work = trace_dense(config, 200), plans.dense(config, 200)
     assert work.num_parameters == traced.num_parameters
     assert work.flops == traced.forward_flops + traced.backward_flops
-    in_bf16 = trace_dense(tiny_config(train={"precision": "bf16"}), 200)
+    in_bf16 = trace_dense(
+        config.model_copy(update={"train": config.train.model_copy(update={"precision": "bf16"})}), 200
+    )
     assert work.activation_bytes == pytest.approx(max(traced.activation_bytes, in_bf16.activation_bytes), rel=1e-6)
 
 
@@ -121,3 +127,16 @@ def test_batch_and_threads_are_in_the_features(plans):
     point = {"ranks": 1, "batch": 128, "pipeline": "none"}
     one, two = Featuriser(space, plans)([space.point({**point, "threads": n}) for n in (1, 2)]).table.terms_NK
     assert two[TERMS.index("dense")] == one[TERMS.index("dense")] / 2 and one.sum() > two.sum()
+
+
+def test_records_become_known_runs_by_workload(plans):
+    space = tiny_space()
+    job = space.job(space.point({"ranks": 2, "batch": 64, "pipeline": "none", "user": "any"}))
+    deeper = job.config.model_copy(update={"features": job.config.features.model_copy(update={"dense": ()})})
+    own, failed = record_of(job, plans), replace(record_of(job, plans), outcome="failed", step_ms=np.nan)
+    other = record_of(replace(job, config=deeper), plans)
+    misfit = replace(own, outcome="does not fit", step_ms=np.nan)
+    known = known_runs([other, own, failed, misfit], Featuriser(space, plans))
+    assert known.measured.group_N.tolist() == [1, OWN_GROUP, OWN_GROUP] and len(known.table) == 3
+    assert known.measured.fits_N.tolist() == [True, True, False] and np.isnan(known.measured.step_ms_N[2])
+    assert len(known_runs([failed], Featuriser(space, plans)).table) == 0

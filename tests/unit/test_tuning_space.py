@@ -8,10 +8,9 @@ import pytest
 
 from dlrm_scale.cluster import Figure
 from dlrm_scale.errors import ConfigError
-from dlrm_scale.tuning.plans import Plans
 from dlrm_scale.tuning.space import Launch, load_space, resized
 from tests.support.requests import cluster
-from tests.support.tuning import KNOBS, SIZE, tiny_space
+from tests.support.tuning import KNOBS, PLANS, SIZE, tiny_space
 
 ROOT = Path(__file__).parents[2]
 
@@ -139,7 +138,7 @@ def test_a_value_that_only_some_points_take_is_kept():
         "batch": categorical("train.global_batch_size", 192, 256),
         "parts": categorical("train.accumulate_steps", 1, 3),
     }
-    space, plans = tiny_space(knobs), Plans()
+    space, plans = tiny_space(knobs), PLANS
     reasons = {(p["batch"], p["parts"]): space.check(p, plans) for p in space.enumerate()}
     assert {at for at, reason in reasons.items() if reason} == {(256, 3)}
     assert "multiple of data.lanes (4) x train.accumulate_steps (3)" in reasons[256, 3]
@@ -148,14 +147,14 @@ def test_a_value_that_only_some_points_take_is_kept():
 def test_a_point_without_a_plan_says_why():
     small = cluster("cpu", 2, 2).model_copy(update={"host_memory_gb": Figure(value=3e-5, source="test")})
     space = tiny_space(machines=small)
-    assert "no sharding plan fits" in space.check(next(space.enumerate()), Plans())
+    assert "no sharding plan fits" in space.check(next(space.enumerate()), PLANS)
     with pytest.raises(ConfigError, match="no feasible point: 32 of 32 were tried") as error:
-        space.require_feasible(Plans())
+        space.require_feasible(PLANS)
     assert "keeps" in str(error.value) and "more memory" in str(error.value)
 
 
 def test_a_feasible_point_is_found(space):
-    assert space.check(space.require_feasible(Plans()), Plans()) is None
+    assert space.check(space.require_feasible(PLANS), PLANS) is None
 
 
 @pytest.mark.parametrize(

@@ -64,16 +64,20 @@ class RidgePredictor(_Residual):
 
 
 class BoostingPredictor(_Residual):
+    def __init__(self, seed: int = 0, rounds: int = 150) -> None:
+        super().__init__(seed)
+        self.rounds = rounds
+
     def _fitted(self, x, y):
         from sklearn.ensemble import HistGradientBoostingRegressor
 
         return HistGradientBoostingRegressor(
-            max_iter=150, min_samples_leaf=5, learning_rate=0.08, random_state=self.seed, early_stopping=False
+            max_iter=self.rounds, min_samples_leaf=5, learning_rate=0.08, random_state=self.seed, early_stopping=False
         ).fit(x, y)
 
     def _classes(self, x, fits):
         from sklearn.ensemble import HistGradientBoostingClassifier
 
         return HistGradientBoostingClassifier(
-            max_iter=100, min_samples_leaf=5, random_state=self.seed, early_stopping=False
+            max_iter=self.rounds, min_samples_leaf=5, random_state=self.seed, early_stopping=False
         ).fit(x, fits)

@@ -1,13 +1,15 @@
 """What our searchers are held against: the planner's model alone, and Optuna's TPE."""
 
+import warnings
 from typing import Any
 
 import numpy as np
 
 from dlrm_scale.tuning.featurise import Featuriser
 from dlrm_scale.tuning.knobs import Point
-from dlrm_scale.tuning.searcher import DRAWS, Result, TellingSearcher
+from dlrm_scale.tuning.searcher import Result, TellingSearcher
 
+MISSES = 8  # draws in a row that were known already, before a random point stands in
 ENUMERATED = 20_000  # points; of a larger space a sample is ranked
 
 
@@ -45,22 +47,20 @@ class TPESearcher(TellingSearcher):
 
         super().__init__(featuriser, seed)
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        sampler = optuna.samplers.TPESampler(
-            seed=seed,
-            multivariate=True,
-            group=True,
-            constant_liar=True,
-            constraints_func=lambda t: t.user_attrs["broken"],
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore", optuna.exceptions.ExperimentalWarning
+            )  # what `group` and `constant_liar` are
+            sampler = optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True, constant_liar=True)
         self.study, self.trials = optuna.create_study(sampler=sampler), {}
 
     def choose(self, k: int) -> list[Point]:
         chosen: list[Point] = []
-        for _ in range(k * DRAWS):
-            if len(chosen) == k:
-                break
+        misses = 0
+        while len(chosen) < k and misses < MISSES:
             trial = self.study.ask()
             point = self._suggested(trial)
+            misses += 1
             if self.featuriser([point]).reasons:
                 self._finish(trial, 1e9, broken=True)
             elif point in self.used or point in chosen:
@@ -69,6 +69,7 @@ class TPESearcher(TellingSearcher):
             else:
                 self.trials[point] = trial
                 chosen.append(point)
+                misses = 0
         return chosen + [point for point in self.fresh(k) if point not in chosen][: k - len(chosen)]
 
     def tell(self, point: Point, result: Result) -> None:
@@ -79,7 +80,7 @@ class TPESearcher(TellingSearcher):
             self._finish(trial, cost, broken=result.step_ms is None)
 
     def _finish(self, trial: Any, cost: float, broken: bool) -> None:
-        trial.set_user_attr("broken", (1.0 if broken else -1.0,))
+        trial.set_constraint("fits", 1.0 if broken else -1.0)  # broken above 0
         self.study.tell(trial, float(cost))
 
     def _batch(self, point: Point) -> float:

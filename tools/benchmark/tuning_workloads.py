@@ -134,7 +134,7 @@ def measured_runs(paths: Sequence[str], plans: Plans) -> list[MeasuredRuns]:
     by_workload: dict[str, list[Record]] = {}
     for record in history.records:
         if record.outcome != "failed":
-            by_workload.setdefault(workload_of(record.job), []).append(record)
+            by_workload.setdefault(workload_of(record.job.config), []).append(record)
     runs = []
     for records in by_workload.values():
         step_ms, fits = np.array([r.step_ms for r in records]), np.array([r.outcome == "ok" for r in records])
