@@ -168,7 +168,7 @@ def test_the_trainer_takes_the_overrides_file(tuned):
 
 def test_a_trial_whose_rank_is_killed_is_recorded_with_its_reason(tmp_path):
     tune = Tune(tmp_path, {"batch": BATCH})
-    process = tune.start("collect", "--points", "1", "--steps", "800")
+    process = tune.start("collect", "--points", "1", "--steps", "240")
     tune.wait_for_steps("trial_0001")
     os.kill(tune.ranks()[1], signal.SIGKILL)
     _, errors = process.communicate(timeout=300)
@@ -179,11 +179,11 @@ def test_a_trial_whose_rank_is_killed_is_recorded_with_its_reason(tmp_path):
 
 def test_a_hopeless_trial_is_stopped_early_and_a_search_without_gain_says_so(tmp_path):
     tune = Tune(tmp_path, {"batch": BATCH | {"values": [64]}}, global_batch_size=1024)
-    few = ("--launches", "1", "--steps", "160", "--repeats", "1", "--quality-seeds", "0", "--hopeless", "0.9")
+    few = ("--launches", "1", "--steps", "120", "--repeats", "1", "--quality-seeds", "0", "--hopeless", "0.9")
     code, output, errors = tune.call("run", *few)
     record = tune.records()["trial_0001"]
     assert record["outcome"] == "ok" and record["reason"].startswith(f"stopped after {record['num_steps']} steps")
-    assert 40 < record["num_steps"] < 160 and record["step_ms"]["p10"] > 0
+    assert 30 < record["num_steps"] < 120 and record["step_ms"]["p10"] > 0
     assert code == 1 and "Nothing measured was faster than the base, in 1 launches." in output, errors
 
 

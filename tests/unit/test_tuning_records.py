@@ -6,10 +6,11 @@ import math
 import pytest
 
 from dlrm_scale.errors import ConfigError
+from dlrm_scale.record_format import hardware_facts
 from dlrm_scale.resilience.goodput import Goodput
 from dlrm_scale.training.report import record_line, run_record
 from dlrm_scale.training.result import TrainResult
-from dlrm_scale.tuning.records import append_record, hardware_facts, read_records, records_fingerprint
+from dlrm_scale.tuning.records import append_record, read_records, records_fingerprint
 from tests.support.tuning import PLANS, tiny_space
 
 GOODPUT = Goodput(useful=1.0, recomputed=0.0, startup=0.0, down=0.0, save=0.0, evaluation=0.0)
