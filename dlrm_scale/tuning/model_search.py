@@ -9,9 +9,11 @@ from typing import Any, Literal
 
 import numpy as np
 
+from dlrm_scale.config import RunConfig
 from dlrm_scale.tuning.features import FeatureTable
 from dlrm_scale.tuning.featurise import Featuriser, record_features, workload_of
 from dlrm_scale.tuning.knobs import Point
+from dlrm_scale.tuning.plans import Plans
 from dlrm_scale.tuning.predictor import Measured, NeuralPredictor, Prediction, Predictor
 from dlrm_scale.tuning.proposers import PROPOSERS
 from dlrm_scale.tuning.records import Record
@@ -34,14 +36,14 @@ class KnownRuns:
     measured: Measured
 
 
-def known_runs(records: Sequence[Record], featuriser: Featuriser) -> KnownRuns:
-    """Of records that are usable here (see `History.split`); runs that failed say nothing and are left out."""
+def known_runs(records: Sequence[Record], plans: Plans, own: RunConfig | None = None) -> KnownRuns:
+    """Of records that are usable here (see `History.split`); runs that failed say nothing and are left out. `own`: a configuration
+    of the workload that is searched, if one is."""
     told = [record for record in records if record.outcome != "failed"]
-    own = workload_of(featuriser.space.base)
-    groups = {own: OWN_GROUP}
+    groups = {} if own is None else {workload_of(own): OWN_GROUP}
     group_N = np.array([groups.setdefault(workload_of(r.job.config), len(groups)) for r in told], dtype=int)
     step_ms_N, fits_N = np.array([r.step_ms for r in told]), np.array([r.outcome == "ok" for r in told], dtype=bool)
-    return KnownRuns(record_features(told, featuriser.plans), Measured(step_ms_N, fits_N, group_N))
+    return KnownRuns(record_features(told, plans), Measured(step_ms_N, fits_N, group_N))
 
 
 class PredictorSearcher(TellingSearcher):

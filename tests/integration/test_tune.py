@@ -168,13 +168,30 @@ def test_the_trainer_takes_the_overrides_file(tuned):
 
 def test_a_trial_whose_rank_is_killed_is_recorded_with_its_reason(tmp_path):
     tune = Tune(tmp_path, {"batch": BATCH})
-    process = tune.start("collect", "--points", "1", "--steps", "100000")
+    process = tune.start("collect", "--points", "1", "--steps", "240")
     tune.wait_for_steps("trial_0001")
     os.kill(tune.ranks()[1], signal.SIGKILL)
     _, errors = process.communicate(timeout=300)
     record = tune.records()["trial_0001"]
     assert record["outcome"] == "failed" and "rank 1 ended with signal 9 (SIGKILL)" in record["reason"]
     assert process.returncode == 1 and record["reason"] in errors  # of one trial, none was measured
+
+
+def test_a_hopeless_trial_is_stopped_early_and_a_search_without_gain_says_so(tmp_path):
+    tune = Tune(tmp_path, {"batch": BATCH | {"values": [64]}}, global_batch_size=1024)
+    few = ("--launches", "1", "--steps", "120", "--repeats", "1", "--quality-seeds", "0", "--hopeless", "0.9")
+    code, output, errors = tune.call("run", *few)
+    record = tune.records()["trial_0001"]
+    assert record["outcome"] == "ok" and record["reason"].startswith(f"stopped after {record['num_steps']} steps")
+    assert 30 < record["num_steps"] < 120 and record["step_ms"]["p10"] > 0
+    assert code == 1 and "Nothing measured was faster than the base, in 1 launches." in output, errors
+
+
+def test_a_trial_that_takes_too_long_is_a_result(tmp_path):
+    tune = Tune(tmp_path, {"batch": BATCH})
+    code, _, errors = tune.call("collect", "--points", "1", "--time-limit", "2")
+    assert code == 1 and tune.records()["trial_0001"]["reason"] == "not done after the time limit of 2 s"
+    assert tune.ranks() == {} and "not done after the time limit" in errors
 
 
 def test_a_space_whose_trials_all_fail_is_one_clear_message(tmp_path):

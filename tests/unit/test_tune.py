@@ -9,11 +9,17 @@ from rich.console import Console
 from scipy.stats import kendalltau
 
 from dlrm_scale.errors import ConfigError
+from dlrm_scale.tuning.featurise import Featuriser
+from dlrm_scale.tuning.model_search import PredictorSearcher
+from dlrm_scale.tuning.plans import Plans
+from dlrm_scale.tuning.records import append_record
 from dlrm_scale.tuning.space import load_space
+from dlrm_scale.tuning.trial import failed_record
 from tests.support.spaces import QUICK, write_space
 from tools.tune.charts import Axis
 from tools.tune.cli import main
 from tools.tune.report import frontier, kendall_tau
+from tools.tune.run import Search
 from tools.tune.session import Session
 from tools.tune.verify import Quality, Speed, ne_of
 
@@ -101,6 +107,37 @@ def test_history_stays_what_it_was_when_the_search_began(space_file, tmp_path):
     (tmp_path / "b.jsonl").write_text("")
     assert session.keep_history([]) == [kept] and "whole" in kept.read_text()
     session.lock.close()
+
+
+def search(space_file, folder, launches: int) -> Search:
+    space, plans = load_space(space_file), Plans()
+    session = Session(folder, space, Console(quiet=True))
+    searcher = PredictorSearcher(Featuriser(space, plans), 0, budget=launches)
+    return Search(session, searcher, plans, launches, steps=8)
+
+
+def test_a_search_goes_on_from_results_that_it_was_not_told_and_trials_that_have_none(space_file, tmp_path):
+    first = search(space_file, tmp_path / "f", launches=2)
+    done, lost = first._next(), first._next()
+    assert first._next() is None
+    append_record(tmp_path / "f" / "records.jsonl", failed_record(done, "error: killed before it was told", False))
+    first.session.lock.close()
+    again = search(space_file, tmp_path / "f", launches=2)
+    assert [(point, result.reason) for point, result in again.searcher.told] == [
+        (done.point, "error: killed before it was told")
+    ]
+    relaunched = again._next()
+    assert (relaunched.name, relaunched.point) == (lost.name, lost.point) and again._next() is None
+    again.session.lock.close()
+
+
+def test_a_search_may_be_given_more_launches(space_file, tmp_path):
+    first = search(space_file, tmp_path / "f", launches=1)
+    one = first._next()
+    first.session.lock.close()
+    more = search(space_file, tmp_path / "f", launches=2)
+    assert {more._next().point, more._next().point} > {one.point} and more._next() is None
+    more.session.lock.close()
 
 
 # ------------------------------------------------------------ command line

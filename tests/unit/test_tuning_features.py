@@ -136,7 +136,7 @@ def test_records_become_known_runs_by_workload(plans):
     own, failed = record_of(job, plans), replace(record_of(job, plans), outcome="failed", step_ms=np.nan)
     other = record_of(replace(job, config=deeper), plans)
     misfit = replace(own, outcome="does not fit", step_ms=np.nan)
-    known = known_runs([other, own, failed, misfit], Featuriser(space, plans))
+    known = known_runs([other, own, failed, misfit], plans, space.base)
     assert known.measured.group_N.tolist() == [1, OWN_GROUP, OWN_GROUP] and len(known.table) == 3
     assert known.measured.fits_N.tolist() == [True, True, False] and np.isnan(known.measured.step_ms_N[2])
-    assert len(known_runs([failed], Featuriser(space, plans)).table) == 0
+    assert len(known_runs([failed], plans).table) == 0

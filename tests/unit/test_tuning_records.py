@@ -6,10 +6,11 @@ import math
 import pytest
 
 from dlrm_scale.errors import ConfigError
+from dlrm_scale.record_format import hardware_facts
 from dlrm_scale.resilience.goodput import Goodput
 from dlrm_scale.training.report import record_line, run_record
 from dlrm_scale.training.result import TrainResult
-from dlrm_scale.tuning.records import append_record, hardware_facts, read_records, records_fingerprint
+from dlrm_scale.tuning.records import append_record, read_records, records_fingerprint
 from tests.support.tuning import PLANS, tiny_space
 
 GOODPUT = Goodput(useful=1.0, recomputed=0.0, startup=0.0, down=0.0, save=0.0, evaluation=0.0)
@@ -38,7 +39,8 @@ def test_what_the_trainer_writes_is_read(tmp_path, line):
     assert (record.outcome, record.step_ms, record.step_ms_spread) == ("ok", 20.0, pytest.approx(0.8))
     assert record.sharding_types["user"] == "row_wise" and len(record.loads) == 2
     assert record.job.config.train.global_batch_size == 128 and record.job.launch.num_ranks == 2
-    assert record.trial is None and record.hardware is None and record.num_steps == 20
+    assert record.trial is None and record.num_steps == 20
+    assert record.hardware == hardware_facts()["fingerprint"]
 
 
 def test_the_parts_of_a_trial_are_read(tmp_path, line):
@@ -100,7 +102,7 @@ def test_records_of_other_hardware_and_versions_are_kept_apart(tmp_path, line):
     path = write(
         tmp_path / "r.jsonl",
         here,
-        line,
+        line | {"hardware": None},  # of a version that did not tell
         line | {"hardware": {"fingerprint": "there"}},
         here | {"versions": VERSIONS | {"torch": "3"}},
         here | {"versions": VERSIONS | {"python": "3.12"}},  # not one that times depend on

@@ -57,7 +57,8 @@ def main(argv: list[str]) -> int:
         return e.exit_code
     except KeyboardInterrupt:
         print(
-            "Interrupted: what was measured is kept, trials that ran were cancelled; the same command goes on.", file=sys.stderr
+            "Interrupted: what was measured is kept, trials that ran were cancelled; the same command goes on.",
+            file=sys.stderr,
         )
         return EXIT_INTERRUPTED
     if args.json:

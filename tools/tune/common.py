@@ -7,17 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from rich.console import Console
 
 from dlrm_scale.errors import ConfigError
 from dlrm_scale.record_format import hardware_facts, software_versions
-from dlrm_scale.tuning.featurise import record_features
 from dlrm_scale.tuning.knobs import Point
 from dlrm_scale.tuning.launcher import Launcher, Limits
-from dlrm_scale.tuning.model_search import OWN_GROUP, KnownRuns
 from dlrm_scale.tuning.plans import Plans
-from dlrm_scale.tuning.predictor import Measured
 from dlrm_scale.tuning.records import History, Record
 from dlrm_scale.tuning.space import Job, Space, resized
 from dlrm_scale.tuning.trial import Trial, short
@@ -124,29 +120,6 @@ def learnable(history: History) -> Learnable:
 
 def of_use(records: Sequence[Record]) -> tuple[Record, ...]:
     return tuple(r for r in records if r.outcome != "failed")
-
-
-def known_runs(records: Sequence[Record], plans: Plans, space: Space | None = None) -> KnownRuns | None:
-    """Features and times; runs of the space's own base configuration are of its workload. None: there are no records."""
-    if not records:
-        return None
-    workloads = [_workload(record) for record in records]
-    own = None if space is None else _workload_of(space.base)
-    numbers = {w: i + 1 for i, w in enumerate(dict.fromkeys(workloads))} | ({own: OWN_GROUP} if own else {})
-    groups_N = np.array([numbers[w] for w in workloads])
-    fits_N = np.array([r.outcome == "ok" for r in records])
-    return KnownRuns(
-        record_features(records, plans), Measured(np.array([r.step_ms for r in records]), fits_N, groups_N)
-    )
-
-
-def _workload(record: Record) -> str:
-    return _workload_of(record.job.config)
-
-
-def _workload_of(config: object) -> str:
-    """Tables and model: what a configuration computes, whatever its batch or plan."""
-    return config.features.model_dump_json() + config.model.model_dump_json()
 
 
 def tell(console: Console, lines: Sequence[str]) -> None:

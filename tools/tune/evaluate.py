@@ -10,11 +10,11 @@ from rich.console import Console
 from rich.table import Table
 
 from dlrm_scale.errors import ConfigError
-from dlrm_scale.tuning.model_search import KnownRuns
+from dlrm_scale.tuning.model_search import KnownRuns, known_runs
 from dlrm_scale.tuning.plans import Plans
 from dlrm_scale.tuning.predictor import AnalyticPredictor, Measured, NeuralPredictor, Prediction
 from dlrm_scale.tuning.records import Record, read_records
-from tools.tune.common import add_records, known_runs, learnable, tell
+from tools.tune.common import add_records, learnable, tell
 
 EXAMPLE = "python -m tools.tune evaluate --records runs/history/records.jsonl"
 LEAST = 10

@@ -8,10 +8,11 @@ import torch
 from rich.console import Console
 
 from dlrm_scale.errors import ConfigError
+from dlrm_scale.tuning.model_search import known_runs
 from dlrm_scale.tuning.plans import Plans
 from dlrm_scale.tuning.predictor import NeuralPredictor
 from dlrm_scale.tuning.records import read_records, records_fingerprint
-from tools.tune.common import add_prior, add_records, known_runs, learnable, tell
+from tools.tune.common import add_prior, add_records, learnable, tell
 
 EXAMPLE = "python -m tools.tune fit --records runs/history/records.jsonl --out predictor.pt"
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from dlrm_scale.errors import ConfigError
 from dlrm_scale.tuning.featurise import Featuriser
 from dlrm_scale.tuning.knobs import Point
-from dlrm_scale.tuning.model_search import KnownRuns
+from dlrm_scale.tuning.model_search import KnownRuns, known_runs
 from dlrm_scale.tuning.plans import Plans
 from dlrm_scale.tuning.predictor import Measured, NeuralPredictor
 from dlrm_scale.tuning.records import read_records
@@ -22,7 +22,7 @@ from dlrm_scale.tuning.space import Space, load_space
 from dlrm_scale.tuning.trial import samples_per_second
 from tools.plan_sharding.html import STYLE
 from tools.tune.charts import Axis, Dot, bars, chart
-from tools.tune.common import add_space, known_runs, of_use
+from tools.tune.common import add_space, of_use
 from tools.tune.evaluate import cross_predict, folds_of
 from tools.tune.session import RECORDS, read_lines
 
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     measured = [r for r in records if r.outcome == "ok"]
     if len(measured) < LEAST:
         history.require(LEAST)
-    known = known_runs(records, plans, space)
+    known = known_runs(records, plans, space.base)
     importance = knob_importance(space, plans, [r for r in read_lines(folder / RECORDS) if r.get("trial")], known)
     curve = learning_curve(known)
     parts = [

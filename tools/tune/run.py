@@ -10,7 +10,7 @@ from dlrm_scale.errors import ConfigError, UserError
 from dlrm_scale.tuning.featurise import Featuriser
 from dlrm_scale.tuning.knobs import Point
 from dlrm_scale.tuning.launcher import Ended, Launcher
-from dlrm_scale.tuning.model_search import PredictorSearcher
+from dlrm_scale.tuning.model_search import PredictorSearcher, known_runs
 from dlrm_scale.tuning.plans import Plans
 from dlrm_scale.tuning.records import read_records
 from dlrm_scale.tuning.searcher import Result, TellingSearcher
@@ -23,7 +23,6 @@ from tools.tune.common import (
     add_space,
     base_trial,
     check_launching,
-    known_runs,
     learnable,
     make_launcher,
     point_trial,
@@ -69,7 +68,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     session = Session(args.folder, space, console)
     history = learnable(read_records(session.keep_history(args.records)))
     tell(console, history.kept_apart)
-    known = known_runs(history.records, plans, space)
+    known = known_runs(history.records, plans, space.base) if history.records else None
     searcher = PredictorSearcher(featuriser, args.seed, args.searcher, args.launches, known)
     with make_launcher(args, session.folder) as launcher:
         search = Search(session, searcher, plans, args.launches, args.steps)

@@ -14,12 +14,13 @@ from dlrm_scale.errors import ConfigError, NoPlanError
 from dlrm_scale.tuning.features import derive, run_numbers
 from dlrm_scale.tuning.featurise import Featuriser, job_numbers
 from dlrm_scale.tuning.knobs import Point
+from dlrm_scale.tuning.model_search import known_runs
 from dlrm_scale.tuning.plans import Plans
 from dlrm_scale.tuning.predictor import NeuralPredictor, Predictor
 from dlrm_scale.tuning.proposers import evolve
 from dlrm_scale.tuning.records import Record, read_records
 from dlrm_scale.tuning.space import Space, load_space, resized
-from tools.tune.common import add_prior, add_records, add_space, base_job, known_runs, of_use, tell
+from tools.tune.common import add_prior, add_records, add_space, base_job, of_use, tell
 
 EXAMPLE = "python -m tools.tune suggest --space configs/tuning/quickstart.yaml --top 3"
 ENUMERATED = 2000  # points: a space of so many is looked at whole
@@ -94,8 +95,8 @@ def _predictor(args: argparse.Namespace, space: Space, plans: Plans, console: Co
         )
     used = own + (others if args.prior else ())
     predictor = NeuralPredictor(args.seed)
-    known = known_runs(used, plans, space)
-    if known is None or not known.measured.fits_N.any():
+    known = known_runs(used, plans, space.base)
+    if not known.measured.fits_N.any():
         return (
             predictor,
             "the analytic model alone: no run was measured. Its order is a guess, its milliseconds are rough",
