@@ -110,6 +110,7 @@ def test_one_workload_cannot_be_split_by_workload(monkeypatch, tmp_path, capsys)
     table = random_table(30, 3)
     runs = MeasuredRuns("one", table, true_step_ms(table), np.ones(30, dtype=bool))
     monkeypatch.setattr(predictor_benchmark, "measured_runs", lambda paths, plans: [runs])
+    monkeypatch.setattr(predictor_benchmark, "_cost", lambda data: {})  # of 300 records and 10,000 rows
     sizes = ["--sizes", "0", "12", "--seeds", "1", "--predictors", "analytic", "ours"]
     assert main(["predictor", "--records", "r.jsonl", *sizes]) == 2
     assert "set --by-row" in capsys.readouterr().err

@@ -25,6 +25,7 @@ PREDICTORS: dict[str, Callable[[int], Predictor]] = {
     "boosting": BoostingPredictor,
     "ours": NeuralPredictor,
 }
+SHORT = ("tau", "top", "r1", "r5", "r10", "mape", "90 %", "misfit")  # of SCORES, for 80 columns
 NUM_RESAMPLES = 1000
 LEAST_WORKLOADS = 2
 COST_CANDIDATES = 10_000
@@ -152,12 +153,16 @@ def _cost(data: Sequence[MeasuredRuns]) -> dict[str, float]:
 def show(result: dict[str, Any], console: Console) -> None:
     title = f"{result['source']}, split by {result['split']}: means over {len(result['workloads'])} workloads and {result['seeds']} seeds"
     grid = Table(title=title, title_justify="left")
-    for column in ("records", "predictor", *SCORES, "fit s"):
+    for column in ("runs", "predictor", *SHORT, "fit s"):
         grid.add_column(column, justify="right")
     for cell in result["cells"]:
-        values = ["-" if cell[s] is None else f"{cell[s]['mean']:.3f}" for s in SCORES]
+        values = ["-" if cell[s] is None else f"{cell[s]['mean']:.2f}" for s in SCORES]
         grid.add_row(str(cell["records"]), cell["predictor"], *values, f"{cell['fit_cpu_s']:.2f}")
     console.print(grid)
+    console.print(
+        "top: tau among the best 10 %; r1, r5, r10: regret of the first 1, 5, 10; 90 %: coverage of the interval; misfit: runs that do not\n"
+        "fit but were expected to"
+    )
     cost = result["cost"]
     console.print(
         f"refit on 300 records {cost['refit_300_cpu_s']:.2f} s, score 10,000 rows {cost['score_10000_cpu_s']:.2f} s of one core"
