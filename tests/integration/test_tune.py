@@ -16,7 +16,7 @@ from dlrm_scale.errors import EXIT_INTERRUPTED
 from dlrm_scale.tuning.records import read_records
 from tests.support.configs import TINY
 from tests.support.launch import ROOT, finish, user_environment
-from tests.support.spaces import write_space
+from tests.support.spaces import QUICK, write_space
 
 pytestmark = pytest.mark.timeout(900)  # 150 s in all where nothing else runs
 
@@ -27,11 +27,11 @@ SEARCH = ("--launches", "3", "--steps", "24", "--repeats", "1", "--quality-seeds
 
 
 class Tune:
-    """tools.tune as a user calls it, on a space of TINY in a folder of its own."""
+    """tools.tune as a user calls it, on a space in a folder of its own."""
 
-    def __init__(self, folder: Path, knobs: dict[str, Any], **train: Any) -> None:
+    def __init__(self, folder: Path, knobs: dict[str, Any], tree: dict[str, Any] = TINY, **train: Any) -> None:
         self.folder = folder / "tune"
-        tree = copy.deepcopy(TINY)
+        tree = copy.deepcopy(tree)
         tree["train"] |= train
         self.space = write_space(folder, knobs, tree)
         self.process: subprocess.Popen | None = None
@@ -167,7 +167,7 @@ def test_the_trainer_takes_the_overrides_file(tuned):
 
 
 def test_a_trial_whose_rank_is_killed_is_recorded_with_its_reason(tmp_path):
-    tune = Tune(tmp_path, {"batch": BATCH})
+    tune = Tune(tmp_path, {"batch": BATCH}, QUICK)
     process = tune.start("collect", "--points", "1", "--steps", "240")
     tune.wait_for_steps("trial_0001")
     os.kill(tune.ranks()[1], signal.SIGKILL)
@@ -188,7 +188,7 @@ def test_a_hopeless_trial_is_stopped_early_and_a_search_without_gain_says_so(tmp
 
 
 def test_a_trial_that_takes_too_long_is_a_result(tmp_path):
-    tune = Tune(tmp_path, {"batch": BATCH})
+    tune = Tune(tmp_path, {"batch": BATCH}, QUICK)
     code, _, errors = tune.call("collect", "--points", "1", "--time-limit", "2")
     assert code == 1 and tune.records()["trial_0001"]["reason"] == "not done after the time limit of 2 s"
     assert tune.ranks() == {} and "not done after the time limit" in errors
@@ -214,7 +214,7 @@ def test_a_space_whose_trials_all_fail_is_one_clear_message(tmp_path):
 def test_a_scheduler_that_is_not_there(tmp_path, scheduler, code, says):
     if scheduler == "slurm" and any((Path(p) / "sbatch").exists() for p in os.environ["PATH"].split(":")):
         pytest.skip("slurm is there")
-    tune = Tune(tmp_path, {"batch": BATCH})
+    tune = Tune(tmp_path, {"batch": BATCH}, QUICK)
     ended, _, errors = tune.call("run", *SEARCH, "--scheduler", scheduler)
     assert ended == code and says in errors and "Traceback" not in errors
     assert tune.records() == {}
