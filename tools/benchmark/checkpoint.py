@@ -39,6 +39,8 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Raises ConfigError: no room on the disk; else as `run_on_ranks`."""
     if not args.gb > 0:
         raise ConfigError(f"--gb must be above 0, but is {args.gb:g}")
+    if args.folder is not None and not os.path.isdir(args.folder):
+        raise ConfigError(f"--folder {args.folder} is no folder; make it, or name another")
     folder = tempfile.mkdtemp(prefix="checkpoint-", dir=args.folder)
     try:
         free = shutil.disk_usage(folder).free
