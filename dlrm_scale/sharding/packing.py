@@ -4,6 +4,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -83,15 +84,16 @@ class Packing:
 
     @property
     def smooth(self) -> float:
-        return self._smooth(self._powers_SR.sum(axis=1), self.overflow, self.churn_ms)
+        return float(self._smooth(self._powers_SR.sum(axis=1), self.overflow, self.churn_ms))
 
     @property
     def bytes_norm(self) -> float:
         """Of the ranks' device memory; with `balance_bytes` only."""
         return float(self._powers_SR[-1].sum() ** (1 / self.power))
 
-    def _smooth(self, sums_S: np.ndarray, overflow: float, churn_ms: float) -> float:
-        return float(self.weight_S @ sums_S ** (1 / self.power) + OVERFLOW_WEIGHT * overflow + churn_ms / self.scale_ms)
+    def _smooth(self, sums_S: np.ndarray, overflow: Any, churn_ms: Any) -> Any:
+        """Of one plan, or with an axis in front of many."""
+        return sums_S ** (1 / self.power) @ self.weight_S + OVERFLOW_WEIGHT * overflow + churn_ms / self.scale_ms
 
     def _raise(self, use: np.ndarray, axis: int = 0) -> np.ndarray:
         shape = [1] * use.ndim
@@ -224,11 +226,11 @@ class Packing:
         for count, at in batch.by_count:  # m of the n choices, all of so many blocks
             places_mB = np.argpartition(cost_nP[at], count - 1, axis=1)[:, :count]
             sums_mS = sums_S + np.take_along_axis(added_nSP[at], places_mB[:, None], axis=2).sum(axis=2)
-            score_m = sums_mS ** (1 / self.power) @ self.weight_S
-            score_m += OVERFLOW_WEIGHT * (overflow + np.take_along_axis(over_nP[at], places_mB, axis=1).sum(axis=1))
-            score_m += self.churn_ms / self.scale_ms
+            overflow_m = overflow + np.take_along_axis(over_nP[at], places_mB, axis=1).sum(axis=1)
+            churn_ms = self.churn_ms
             if batch.churn_nP is not None:
-                score_m += np.take_along_axis(batch.churn_nP[at], places_mB, axis=1).sum(axis=1) / self.scale_ms
+                churn_ms = churn_ms + np.take_along_axis(batch.churn_nP[at], places_mB, axis=1).sum(axis=1)
+            score_m = self._smooth(sums_mS, overflow_m, churn_ms)
             score_m[np.take_along_axis(cost_nP[at], places_mB, axis=1).max(axis=1) == NO_PLACE] = NO_PLACE
             i = int(score_m.argmin())
             if score_m[i] < (NO_PLACE if best is None else best[0]):
@@ -260,7 +262,7 @@ class Packing:
             places.append(place)
         placed = Placed(choice_index, in_order(choice, places))
         sums_S, overflow = self._raise(use_KR[:S]).sum(axis=1), float(self._over(use_KR[C:]).sum())
-        return self._smooth(sums_S, overflow, self.churn_ms + self._churn(unit, placed)), placed
+        return float(self._smooth(sums_S, overflow, self.churn_ms + self._churn(unit, placed))), placed
 
     def random_place(self, unit: int, choice_index: int, rng: np.random.Generator) -> Placed | None:
         """Of one choice: its blocks one after the other, each at any place that rules allow; None: a block has no place."""
