@@ -8,6 +8,7 @@ The same space, seed and results give the same points, also when the state went 
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -58,7 +59,7 @@ class Searcher(Protocol):
         ...
 
 
-class TellingSearcher:
+class TellingSearcher(ABC):
     """What all of ours share: what was told, what is under way, and the state.
 
     Attributes:
@@ -81,8 +82,9 @@ class TellingSearcher:
         self.pending += points
         return points
 
+    @abstractmethod
     def choose(self, k: int) -> list[Point]:
-        raise NotImplementedError
+        """Points to launch next, none of which was told or is under way."""
 
     def tell(self, point: Point, result: Result) -> None:
         self.told.append((self.space.point(point), result))
