@@ -12,8 +12,8 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedTensor
 
 from dlrm_scale.config import RunConfig
 from dlrm_scale.features import FeatureSchema
+from dlrm_scale.meta import NoFirstValues
 from dlrm_scale.models.inputs import Embedded
-from dlrm_scale.models.meta import NoFirstValues
 from dlrm_scale.models.ranking_model import DensePart, build_arch
 
 Inputs = tuple[Tensor, KeyedTensor | None, Embedded | None]

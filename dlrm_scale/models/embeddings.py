@@ -13,7 +13,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection, Embedding
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
 from dlrm_scale.features import FeatureSchema
-from dlrm_scale.models.meta import META, without_memory
+from dlrm_scale.meta import META, without_memory
 
 _DATA_TYPE = {"fp32": DataType.FP32, "fp16": DataType.FP16}
 _POOLING = {"sum": PoolingType.SUM, "mean": PoolingType.MEAN}

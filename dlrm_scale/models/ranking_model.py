@@ -14,13 +14,13 @@ from torchrec.sparse.jagged_tensor import KeyedTensor
 
 from dlrm_scale.config import DCNv2Config, DLRMConfig, InterFormerConfig, LogisticConfig, RunConfig
 from dlrm_scale.data.batch import RecBatch
+from dlrm_scale.meta import META, without_memory
 from dlrm_scale.models.dcn import DCNv2
 from dlrm_scale.models.dlrm import DLRM
 from dlrm_scale.models.embeddings import Embeddings
 from dlrm_scale.models.inputs import Embedded, wait
 from dlrm_scale.models.interformer import InterFormer
 from dlrm_scale.models.logistic import Logistic
-from dlrm_scale.models.meta import META, without_memory
 
 Precision = Literal["fp32", "bf16"]
 _ARCHS = {InterFormerConfig: InterFormer, DLRMConfig: DLRM, DCNv2Config: DCNv2, LogisticConfig: Logistic}

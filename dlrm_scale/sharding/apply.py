@@ -12,6 +12,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.types import CacheParams, EmbeddingModuleShardingPlan, ParameterSharding, ShardingPlan
 
 from dlrm_scale.config import SparseOptimizer
+from dlrm_scale.meta import META
 from dlrm_scale.sharding.plan import Plan
 from dlrm_scale.sharding.sharders import make_sharders
 
@@ -76,7 +77,7 @@ def shard_on_meta(model: nn.Module, plan: Plan, optimizer: SparseOptimizer) -> S
     """What `shard_model` builds on this rank of a `meta_world`, without memory: collections and tables on meta."""
     return DistributedModelParallel(
         model,
-        device=torch.device("meta"),
+        device=META,
         plan=to_torchrec(plan, "meta"),
         sharders=make_sharders(optimizer, plan.request.cluster.device),
         init_parameters=False,

@@ -25,6 +25,7 @@ from torchrec.distributed.sharding import grid_sharding, twrw_sharding
 from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, EmbeddingConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
+from dlrm_scale.meta import META, without_memory
 from dlrm_scale.sharding.plan import Plan, PlanRequest
 
 
@@ -47,8 +48,9 @@ def bare_collections(request: PlanRequest) -> nn.Module:
     ]
     sequences = [EmbeddingConfig(**table) for table in columns["sequences"]]
     collections = nn.Module()
-    collections.ebc = EmbeddingBagCollection(bags, device=torch.device("meta")) if bags else None
-    collections.ec = EmbeddingCollection(sequences, device=torch.device("meta")) if sequences else None
+    with without_memory():
+        collections.ebc = EmbeddingBagCollection(bags, device=META) if bags else None
+        collections.ec = EmbeddingCollection(sequences, device=META) if sequences else None
     return collections
 
 

@@ -20,7 +20,7 @@ from dlrm_scale.config_io import dump_config, fingerprint
 from dlrm_scale.data.open import open_source, preflight
 from dlrm_scale.data.synthetic import SyntheticSource
 from dlrm_scale.errors import CheckpointError, ConfigError, DivergedError, NoPlanError, RollbackRequested
-from dlrm_scale.models.meta import META
+from dlrm_scale.meta import META
 from dlrm_scale.models.ranking_model import build_model
 from dlrm_scale.resilience.account import Account, Attempt, next_attempt
 from dlrm_scale.resilience.goodput import EventLog

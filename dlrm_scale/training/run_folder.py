@@ -72,7 +72,7 @@ class RunFolder:
                 folder.mkdir(parents=True, exist_ok=True)
                 self.locks[folder] = _lock(folder, "checkpoint.dir")
             except OSError as e:
-                raise self._unwritable(e) from None
+                raise self._unwritable(e, "checkpoint.dir=...") from None
 
     def close(self) -> None:
         for lock in self.locks.values():
@@ -110,11 +110,8 @@ class RunFolder:
         if self.path not in self.locks:
             self.locks[self.path] = _lock(self.path, "output.dir")
 
-    def _unwritable(self, e: OSError) -> ConfigError:
-        where = e.filename or self.path
-        return ConfigError(
-            f"cannot write to {where}: {e.strerror}; name another place: output.dir=... output.records=..."
-        )
+    def _unwritable(self, e: OSError, keys: str = "output.dir=... output.records=...") -> ConfigError:
+        return ConfigError(f"cannot write to {e.filename or self.path}: {e.strerror}; name another place: {keys}")
 
 
 def _lock(folder: Path, key: str) -> IO[str]:

@@ -138,9 +138,9 @@ class NeuralPredictor:
             return analytic(table)
         with torch.no_grad():
             log_ms_MN, logit_MN = (a.double().numpy() for a in self.ensemble(self._inputs(table)))
-        mean_N, deviation_N = log_ms_MN.mean(0), log_ms_MN.std(0)
-        spread_N = self.stretch * np.hypot(deviation_N, self.floor)
-        apart_MN = (log_ms_MN - mean_N) * (spread_N / np.maximum(deviation_N, 1e-9))
+        mean_N = log_ms_MN.mean(0)
+        spread_N = self.stretch * np.hypot(_deviation(log_ms_MN), self.floor)
+        apart_MN = (log_ms_MN - mean_N) * (spread_N / np.maximum(log_ms_MN.std(0), 1e-9))
         return Prediction(mean_N + apart_MN, mean_N, spread_N, _fits_probability(table, logit_MN.mean(0)))
 
     def save(self, path: str | Path, records: str) -> None:
@@ -197,6 +197,12 @@ def _folds(group_N: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         fold_of = dict(zip(groups.tolist(), (rng.permutation(len(groups)) % NUM_FOLDS).tolist(), strict=True))
         return np.array([fold_of[g] for g in group_N.tolist()])
     return rng.permutation(len(group_N)) % NUM_FOLDS
+
+
+def _deviation(log_ms_MN: np.ndarray) -> np.ndarray:
+    """(N,) of members that learned from the same runs: what calibration can see, too, since of a run that was left out it has those
+    members alone. Between folds they differ more."""
+    return np.sqrt(log_ms_MN.reshape(-1, NUM_FOLDS, log_ms_MN.shape[1]).var(0).mean(0))
 
 
 def _fits_probability(table: FeatureTable, logit_N: np.ndarray) -> np.ndarray:

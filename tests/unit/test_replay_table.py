@@ -48,7 +48,7 @@ def test_its_records_are_read_back(space, tmp_path, name):
     rows = draw(space, 4, seed=0)
     assert len({row.point for row in rows}) == 4
     args = argparse.Namespace(steps=8, seed=0)
-    records = [record(space, row, [times(8.0), times(2.0), times(4.0)], args) for row in rows]
+    records = [record(row, [times(8.0), times(2.0), times(4.0)], args) for row in rows]
     _write(tmp_path / name, records)
     history = read_records([tmp_path / name])
     assert history.problems == () and [r.step_ms for r in history.records] == [4.0] * 4

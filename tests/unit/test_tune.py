@@ -16,8 +16,8 @@ from dlrm_scale.tuning.records import append_record
 from dlrm_scale.tuning.space import load_space
 from dlrm_scale.tuning.trial import failed_record
 from tests.support.spaces import QUICK, write_space
+from tools.tune.__main__ import main
 from tools.tune.charts import Axis
-from tools.tune.cli import main
 from tools.tune.report import frontier, kendall_tau
 from tools.tune.run import Search
 from tools.tune.session import Session

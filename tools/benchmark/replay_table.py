@@ -1,4 +1,4 @@
-"""`replay_table`: many points of one space, each really measured several times, for searchers to be compared on."""
+"""`replay_table`: many points of tuning spaces, each really measured several times, for searchers and predictors to be compared on."""
 
 import argparse
 import gzip
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from dlrm_scale.cluster import load_cluster
 from dlrm_scale.config_io import apply_override, parse_config
 from dlrm_scale.errors import ConfigError
 from dlrm_scale.record_format import origin
@@ -27,19 +28,23 @@ from dlrm_scale.tuning.trial import short
 from tools.benchmark.cluster import positive
 from tools.benchmark.ranks import run_on_ranks
 from tools.benchmark.replay_ranks import train_points
+from tools.benchmark.tuning_workloads import random_space
 
 PERCENTILES = ("p10", "p50", "p90")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Draw random points of a tuning space, train each on this machine for a few steps, several times, many in the same processes, and\n"
-        "write one record a point. Repeats are rounds over all points, so that a slow hour hits all alike. An interrupted call\n"
-        "goes on from FILE.part."
+        "Draw random points of a tuning space, or of those of some random models, train each on this machine for a few steps, several times,\n"
+        "many in the same processes, and write one record a point. Repeats are rounds over all points, so that a slow hour hits all alike.\n"
+        "An interrupted call goes on from FILE.part."
     )
     parser.epilog = "example: python -m tools.benchmark replay_table --space configs/tuning/criteo_80k.yaml --points 300 --repeats 3 --out replay.jsonl.gz"
-    parser.add_argument("--space", required=True, metavar="YAML", help="see configs/tuning")
-    parser.add_argument("--points", type=positive, default=300, metavar="N", help="(default 300)")
+    of_what = parser.add_mutually_exclusive_group(required=True)
+    of_what.add_argument("--space", metavar="YAML", help="see configs/tuning")
+    of_what.add_argument("--workloads", type=positive, metavar="N", help="so many random models, on --cluster")
+    parser.add_argument("--cluster", default="2xcpu", metavar="NAME", help="of --workloads (default 2xcpu)")
+    parser.add_argument("--points", type=positive, default=300, metavar="N", help="of each space (default 300)")
     parser.add_argument("--repeats", type=positive, default=3, metavar="R", help="runs of each point (default 3)")
     parser.add_argument(
         "--steps", type=positive, default=24, metavar="S", help="of a run, a quarter of them warm-up (default 24)"
@@ -50,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @dataclass(frozen=True)
 class Row:
+    space: Space
     point: Point
     job: Job
     plan: Plan
@@ -75,15 +81,12 @@ class Part:
 
 def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Raises ConfigError; else as `run_on_ranks`."""
-    space = load_space(args.space)
-    if space.cluster.num_hosts > 1:
-        raise ConfigError(
-            f"{space.file.cluster} has {space.cluster.num_hosts} hosts, but this measures on one; name another cluster"
-        )
-    made_for = {"space": space.fingerprint, "points": args.points, "steps": args.steps, "seed": args.seed}
+    spaces = spaces_of(args)
+    named = [space.fingerprint for space in spaces]
+    made_for = {"spaces": named, "points": args.points, "steps": args.steps, "seed": args.seed}
     part = Part(Path(f"{args.out}.part"), made_for)
     with console.status("planning") as status:
-        rows = draw(space, args.points, args.seed)
+        rows = [row for space in spaces for row in draw(space, args.points, args.seed)]
         for repeat in range(args.repeats):
             for launch in dict.fromkeys(row.job.launch for row in rows):
                 left = [i for i, r in enumerate(rows) if r.job.launch == launch and (repeat, i) not in part.times]
@@ -100,12 +103,23 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
                         train_points, arguments, launch.num_ranks, rows[order[0]].job.cluster.ranks_per_host, told
                     )
     records = [
-        record(space, row, [part.times[repeat, i] for repeat in range(args.repeats)], args)
-        for i, row in enumerate(rows)
+        record(row, [part.times[repeat, i] for repeat in range(args.repeats)], args) for i, row in enumerate(rows)
     ]
     _write(Path(args.out), records)
     part.path.unlink()
     return {"space": args.space, **summary(args.out, records)}
+
+
+def spaces_of(args: argparse.Namespace) -> list[Space]:
+    if args.space:
+        spaces = [load_space(args.space)]
+    else:
+        cluster = load_cluster(args.cluster)
+        spaces = [random_space(number, cluster) for number in range(args.workloads)]
+    cluster = spaces[0].cluster
+    if cluster.num_hosts > 1:
+        raise ConfigError(f"the cluster has {cluster.num_hosts} hosts, but this measures on one; name another cluster")
+    return spaces
 
 
 def _whole_lines(text: str) -> Iterator[dict[str, Any]]:
@@ -123,7 +137,7 @@ def draw(space: Space, num_points: int, seed: int) -> list[Row]:
     if not points:
         space.require_feasible(plans, seed)
     jobs = [space.job(point) for point in points]
-    return [Row(point, job, plans.plan(job.config, job.cluster)) for point, job in zip(points, jobs, strict=True)]
+    return [Row(space, point, job, plans.plan(job.config, job.cluster)) for point, job in zip(points, jobs, strict=True)]
 
 
 def configured(row: Row, steps: int) -> Any:
@@ -133,7 +147,7 @@ def configured(row: Row, steps: int) -> Any:
     return parse_config(tree, "a point of the space")
 
 
-def record(space: Space, row: Row, times: Sequence[dict[str, float]], args: argparse.Namespace) -> dict[str, Any]:
+def record(row: Row, times: Sequence[dict[str, float]], args: argparse.Namespace) -> dict[str, Any]:
     """Percentiles are medians over the repeats; `repeats_ms` are the medians of each."""
     launch: Launch = row.job.launch
     return {
@@ -147,7 +161,7 @@ def record(space: Space, row: Row, times: Sequence[dict[str, float]], args: argp
         "num_steps": args.steps,
         "step_ms": {p: statistics.median(t[p] for t in times) for p in PERCENTILES},
         "repeats_ms": [t["p50"] for t in times],
-        "trial": {"space": space.fingerprint, "point": dict(row.point), "steps": args.steps, "seed": args.seed},
+        "trial": {"space": row.space.fingerprint, "point": dict(row.point), "steps": args.steps, "seed": args.seed},
     }
 
 
@@ -184,6 +198,5 @@ def show(result: dict[str, Any], console: Console) -> None:
         f"{result['table']}: {result['points']} points, {speed['least']:,.0f} to {speed['most']:,.0f} samples/s (median {speed['median']:,.0f}); {noise}",
         highlight=False,
     )
-    console.print(
-        f"next: python -m tools.benchmark search --space {result['space']} --records {result['table']}", highlight=False
-    )
+    of_space = f"search --space {result['space']}" if result["space"] else "predictor"
+    console.print(f"next: python -m tools.benchmark {of_space} --records {result['table']}", highlight=False)

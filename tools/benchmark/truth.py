@@ -15,7 +15,7 @@ from dlrm_scale.cluster import ClusterSpec, load_cluster
 from dlrm_scale.config import RunConfig
 from dlrm_scale.config_io import parse_config
 from dlrm_scale.errors import ConfigError
-from dlrm_scale.models.meta import META
+from dlrm_scale.meta import META
 from dlrm_scale.models.ranking_model import build_model
 from dlrm_scale.sharding.plan import plan_request
 from tools.benchmark.cluster import check_room, measure_cluster, positive

@@ -18,6 +18,8 @@ from dlrm_scale.tuning.simulator import NOISE, simulate
 from dlrm_scale.tuning.space import Space, SpaceFile
 
 FILL = (0.75, 1.1)  # of a rank's memory, the fullest of some points by the planner's count: some runs do not fit
+# on CUDA alone: many CPUs have no instructions for bf16, and there it takes several times as long
+_PRECISION = {"precision": {"kind": "categorical", "key": "train.precision", "values": ["fp32", "bf16"]}}
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ def random_space(seed: int, cluster: ClusterSpec, num_types: int = 4) -> Space:
         "accumulate": {"kind": "categorical", "key": "train.accumulate_steps", "values": [1, 2]},
         "pipeline": {"kind": "categorical", "key": "train.pipeline", "values": ["sparse_dist", "none"]},
         "prefetch": {"kind": "integer", "key": "data.prefetch_batches", "low": 1, "high": 8, "log": True},
-        "precision": {"kind": "categorical", "key": "train.precision", "values": ["fp32", "bf16"]},
+        **(_PRECISION if cluster.device == "cuda" else {}),
         "small": {"kind": "sharding", "rows": [0, middle], "values": types},
         "large": {"kind": "sharding", "rows": [middle, 10**12], "values": types[:3]},
     }  # fmt: skip

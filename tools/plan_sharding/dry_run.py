@@ -16,9 +16,9 @@ from torchrec.distributed.types import EmbeddingModuleShardingPlan, ShardingPlan
 
 from dlrm_scale.config import RunConfig, SparseOptimizer
 from dlrm_scale.errors import PlanError, UserError
+from dlrm_scale.meta import META
 from dlrm_scale.models.dense_trace import trace_dense
 from dlrm_scale.models.embeddings import Embeddings
-from dlrm_scale.models.meta import META
 from dlrm_scale.sharding.apply import ShardedModel, shard_on_meta, to_torchrec
 from dlrm_scale.sharding.meta_world import bare_collections, meta_world
 from dlrm_scale.sharding.plan import Plan, PlanRequest, TablePlan

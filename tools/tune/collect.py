@@ -16,11 +16,13 @@ from tools.tune.common import add_folder, add_launching, add_space, check_launch
 from tools.tune.run import Search
 from tools.tune.session import RECORDS, Session
 
-EXAMPLE = "python -m tools.tune collect --space configs/tuning/quickstart.yaml --folder runs/history --points 30"
 POOL = 8  # random points for each that the planner is to choose
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = (
+        "example: python -m tools.tune collect --space configs/tuning/quickstart.yaml --folder runs/history --points 30"
+    )
     add_space(parser)
     add_folder(parser)
     parser.add_argument("--points", type=int, default=30, metavar="N", help="trials (default 30)")

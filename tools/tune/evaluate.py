@@ -16,12 +16,12 @@ from dlrm_scale.tuning.predictor import AnalyticPredictor, Measured, NeuralPredi
 from dlrm_scale.tuning.records import Record, read_records
 from tools.tune.common import add_records, learnable, tell
 
-EXAMPLE = "python -m tools.tune evaluate --records runs/history/records.jsonl"
 LEAST = 10
 NUM_FOLDS = 5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = "example: python -m tools.tune evaluate --records runs/history/records.jsonl"
     add_records(parser, required=True)
     parser.add_argument(
         "--held-out", nargs="+", default=[], metavar="FILE",

@@ -14,10 +14,9 @@ from dlrm_scale.tuning.predictor import NeuralPredictor
 from dlrm_scale.tuning.records import read_records, records_fingerprint
 from tools.tune.common import add_prior, add_records, learnable, tell
 
-EXAMPLE = "python -m tools.tune fit --records runs/history/records.jsonl --out predictor.pt"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = "example: python -m tools.tune fit --records runs/history/records.jsonl --out predictor.pt"
     add_records(parser, required=True)
     add_prior(parser)
     parser.add_argument("--out", required=True, metavar="FILE", help="where the predictor is saved")

@@ -26,15 +26,13 @@ from tools.tune.common import add_space, of_use
 from tools.tune.evaluate import cross_predict, folds_of
 from tools.tune.session import RECORDS, read_lines
 
-EXAMPLE = (
-    "python -m tools.tune report --space configs/tuning/quickstart.yaml --folder runs/tune_quickstart --out tuning.html"
-)
 LEAST = 5  # measured runs, for anything to be drawn
 SIZES = (2, 5, 10, 20, 50, 100, 200)
 DRAWS = 3  # of the records that a point of the learning curve learns from, and of each knob's permutation
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = "example: python -m tools.tune report --space configs/tuning/quickstart.yaml --folder runs/tune_quickstart --out tuning.html"
     add_space(parser)
     parser.add_argument("--folder", required=True, metavar="DIR", help="the tuning folder")
     parser.add_argument("--out", required=True, metavar="FILE", help="the page to write")

@@ -31,12 +31,12 @@ from tools.tune.common import (
 from tools.tune.session import Session
 from tools.tune.verify import Verifier, show_verdict
 
-EXAMPLE = "python -m tools.tune run --space configs/tuning/quickstart.yaml --folder runs/tune_quickstart --launches 20"
 ALL_FAILED = 5  # first trials, after which a search in which nothing runs is given up
 BASE = "base"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = "example: python -m tools.tune run --space configs/tuning/quickstart.yaml --folder runs/tune_quickstart --launches 20"
     add_space(parser)
     add_folder(parser)
     add_records(parser)

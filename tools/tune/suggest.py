@@ -22,12 +22,12 @@ from dlrm_scale.tuning.records import Record, read_records
 from dlrm_scale.tuning.space import Space, load_space, resized
 from tools.tune.common import add_prior, add_records, add_space, base_job, of_use, tell
 
-EXAMPLE = "python -m tools.tune suggest --space configs/tuning/quickstart.yaml --top 3"
 ENUMERATED = 2000  # points: a space of so many is looked at whole
 NEARLY_CERTAIN = 0.5  # chance of fitting under which a point is not suggested
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = "example: python -m tools.tune suggest --space configs/tuning/quickstart.yaml --top 3"
     add_space(parser)
     add_records(parser)
     add_prior(parser)

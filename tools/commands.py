@@ -1,0 +1,65 @@
+"""A tool of several commands: `python -m tools.PACKAGE COMMAND`. Each command is a module of the package with
+
+add_arguments(parser)          sets the parser's epilog to an example, too
+run(args, console) -> dict     what --json prints; progress goes to `console`
+show(result, console)          the same to read, and what to do next
+"""
+
+import argparse
+import importlib
+import json
+import sys
+from collections.abc import Mapping, Sequence
+
+from rich.console import Console
+
+from dlrm_scale.errors import EXIT_INTERRUPTED, UserError
+from dlrm_scale.libraries import loading_libraries
+
+PLAIN = {"markup": False, "emoji": False, "highlight": False, "soft_wrap": True}  # names may hold brackets
+
+
+def run_tool(
+    package: str, about: str, commands: Mapping[str, str], argv: Sequence[str], if_interrupted: str = "Interrupted."
+) -> int:
+    """`commands`: a line on each. 0: done; 1: no answer, or it failed; 2: the command line or a file is not valid; 130: interrupted."""
+    with loading_libraries():
+        parser = build_parser(package, about, commands, argv[0] if argv else None)
+    args = parser.parse_args(argv)
+    console = Console(stderr=args.json, **PLAIN)
+    try:
+        result = args.module.run(args, console)
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return e.exit_code
+    except KeyboardInterrupt:
+        print(if_interrupted, file=sys.stderr)
+        return EXIT_INTERRUPTED
+    if args.json:
+        print(json.dumps(result, indent=1))
+    else:
+        args.module.show(result, console)
+    return result.get("exit_code", 0)
+
+
+def build_parser(package: str, about: str, commands: Mapping[str, str], chosen: str | None) -> argparse.ArgumentParser:
+    """Only the chosen command's module is loaded: some take seconds."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {package}",
+        description=about,
+        epilog=f"example: python -m {package} {next(iter(commands))} --help",
+    )
+    parsers = parser.add_subparsers(metavar="command", required=True)
+    for name, summary in commands.items():
+        command = parsers.add_parser(
+            name,
+            help=summary,
+            description=f"{summary[0].upper()}{summary[1:]}.",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        if name == chosen:
+            module = importlib.import_module(f"{package}.{name}")
+            module.add_arguments(command)
+            command.add_argument("--json", action="store_true", help="print the result as JSON")
+            command.set_defaults(module=module)
+    return parser
