@@ -68,6 +68,7 @@ class Guard:
         collections: the sharded embedding collections.
         parameters: what steps after the backward pass: dense parameters and replicated tables.
         on_bad: called on every rank with what was found, before the micro-batch is dropped; it may raise.
+        on_verdict: called before the tables' part of each backward pass begins, or is left out.
 
     Attributes:
         loss: of the last micro-batch on this rank, detached.
@@ -77,9 +78,13 @@ class Guard:
     """
 
     def __init__(
-        self, collections: Iterable[nn.Module], parameters: Iterable[nn.Parameter], on_bad: Callable[[NonFinite], None]
+        self,
+        collections: Iterable[nn.Module],
+        parameters: Iterable[nn.Parameter],
+        on_bad: Callable[[NonFinite], None],
+        on_verdict: Callable[[], None] = lambda: None,
     ) -> None:
-        self.parameters, self.on_bad = list(parameters), on_bad
+        self.parameters, self.on_bad, self.on_verdict = list(parameters), on_bad, on_verdict
         self.cuts: list[tuple[Tensor, Tensor]] = []
         self.iterations: dict[SplitTableBatchedEmbeddingBagsCodegen, int] = {}  # before the last forward pass
         self.loss = torch.zeros(())
@@ -95,6 +100,7 @@ class Guard:
         torch.sum(losses, dim=0).backward()
         cuts, self.cuts = [(value, leaf.grad) for value, leaf in self.cuts if leaf.grad is not None], []
         bad = self._agree([gradient for _, gradient in cuts])
+        self.on_verdict()
         self.dropped = self.leave_out or bad is not None
         if not self.dropped:
             torch.autograd.backward([value for value, _ in cuts], [gradient for _, gradient in cuts])

@@ -7,7 +7,17 @@ from typing import Any
 
 import torch
 
-STAGES = ("data_wait", "input_dist", "forward", "backward", "optimizer")
+# The tables' stages hold what is exchanged for them. Gradients of replicated parameters are exchanged in dense_backward, those of
+# replicated tables too, and they step in optimizer; sharded tables step in embedding_backward.
+STAGES = (
+    "data_wait",
+    "input_dist",
+    "embedding_forward",
+    "dense_forward",
+    "dense_backward",
+    "embedding_backward",
+    "optimizer",
+)
 
 
 class StepClock:

@@ -64,9 +64,10 @@ class Trainer:
         self.bad_batches = BadBatches(config, rank, self.keepers.run_dir, self.keepers.left_out_steps)
         tables = model.module.embeddings
         trained_after = [*self.optimizer.dense_parameters, *self.optimizer.replicated_tables.values()]
-        self.guard = Guard([c for c in (tables.ebc, tables.ec) if c is not None], trained_after, self.bad_batches)
-        self.own_time, self.slow = OwnTime(rank.device), Streak(config.resilience.straggler_ratio)
+        collections = [c for c in (tables.ebc, tables.ec) if c is not None]
         self.clock = StepClock(rank.device)
+        self.guard = Guard(collections, trained_after, self.bad_batches, lambda: self.clock.end("dense_backward"))
+        self.own_time, self.slow = OwnTime(rank.device), Streak(config.resilience.straggler_ratio)
         self.window = PredictionStore(
             config.features.labels,
             config.features.group is not None,
@@ -299,12 +300,13 @@ class Trainer:
 
         def before_arch(module: Any, args: Any) -> None:
             if self.model.training:
+                self.clock.end("embedding_forward")
                 self.own_time.start()
 
         def after_forward(module: Any, args: Any, output: Any) -> None:
             if self.model.training:
                 self.own_time.stop()
-                self.clock.end("forward")
+                self.clock.end("dense_forward")
                 self.watchdog.enter("backward")
 
         self.model.register_forward_pre_hook(before_forward)
@@ -322,7 +324,7 @@ class _Watched:
         self.optimizer.zero_grad()
 
     def step(self) -> None:
-        self.clock.end("backward")
+        self.clock.end("embedding_backward")
         self.watchdog.enter("optimizer")
         self.optimizer.step()
         self.clock.end("optimizer")

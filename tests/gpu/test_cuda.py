@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from dlrm_scale.cluster import load_cluster
+from dlrm_scale.training.clock import STAGES
 from tests.distributed.test_guards import bad_batch
 from tests.support.launch import launch
 from tests.support.twin import BAG_TYPES, case_config, compare, make_plan
@@ -57,7 +58,7 @@ def test_the_main_job_trains(tmp_path, overrides):
     assert record["cluster"]["device"] == "cuda" and record["peak_memory"][0]["gpu_bytes"] > 0
     assert record["losses"][-1] < record["losses"][0]
     stages = record["stage_ms"]
-    assert all(stages[s]["p50"] > 0 for s in ("forward", "backward", "optimizer"))
+    assert all(stages[s]["p50"] > 0 for s in STAGES if s not in ("data_wait", "input_dist"))
 
 
 def test_the_cluster_benchmark_measures_the_gpu(tmp_path):

@@ -54,8 +54,10 @@ def steps_ms(*totals: float) -> list[dict[str, float]]:
         {
             "data_wait": 0.1 * t,
             "input_dist": 0.2 * t,
-            "forward": 0.3 * t,
-            "backward": 0.4 * t,
+            "embedding_forward": 0.1 * t,
+            "dense_forward": 0.2 * t,
+            "dense_backward": 0.3 * t,
+            "embedding_backward": 0.1 * t,
             "optimizer": 0.0,
             "step": t,
         }
@@ -105,7 +107,8 @@ def test_record_of_a_run_holds_its_speed_by_stage(tmp_path, result):
     assert record["goodput"]["fraction"] == 0.8 and record["goodput"]["save_s"] == 3.0
     assert record["step_ms"] == pytest.approx({"p10": 12.0, "p50": 20.0, "p90": 28.0})
     assert {stage: ms["p50"] for stage, ms in record["stage_ms"].items()} == pytest.approx(
-        {"data_wait": 2.0, "input_dist": 4.0, "forward": 6.0, "backward": 8.0, "optimizer": 0.0}
+        {"data_wait": 2.0, "input_dist": 4.0, "embedding_forward": 2.0, "dense_forward": 4.0}
+        | {"dense_backward": 6.0, "embedding_backward": 2.0, "optimizer": 0.0}
     )
     assert record["plan"]["sharding_types"] == {"table_00": "data_parallel", "table_01": "table_wise"}
     assert record["peak_memory"] == memory and record["metrics"]["click"]["log_loss"] is None

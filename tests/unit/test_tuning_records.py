@@ -8,13 +8,13 @@ import pytest
 from dlrm_scale.errors import ConfigError
 from dlrm_scale.record_format import hardware_facts
 from dlrm_scale.resilience.goodput import Goodput
+from dlrm_scale.training.clock import STAGES
 from dlrm_scale.training.report import record_line, run_record
 from dlrm_scale.training.result import TrainResult
 from dlrm_scale.tuning.records import append_record, read_records, records_fingerprint
 from tests.support.tuning import PLANS, tiny_space
 
 GOODPUT = Goodput(useful=1.0, recomputed=0.0, startup=0.0, down=0.0, save=0.0, evaluation=0.0)
-STAGES = ("data_wait", "input_dist", "forward", "backward", "optimizer", "step")
 VERSIONS = {"torch": "2", "torchrec": "1", "fbgemm-gpu": "1", "dlrm-scale": "0", "python": "3"}
 
 
@@ -24,7 +24,7 @@ def line() -> dict:
     space, plans = tiny_space(), PLANS
     point = space.point({"ranks": 2, "batch": 128, "pipeline": "none", "user": "row_wise"})
     job = space.job(point)
-    result = TrainResult(num_steps=20, step_ms=[dict.fromkeys(STAGES, t) for t in (10.0, 20.0, 30.0)])
+    result = TrainResult(num_steps=20, step_ms=[dict.fromkeys((*STAGES, "step"), t) for t in (10.0, 20.0, 30.0)])
     record = run_record(job.config, job.cluster, plans.plan(job.config, job.cluster), result, [], None, GOODPUT)
     return json.loads(record_line(record)) | {"versions": VERSIONS}
 

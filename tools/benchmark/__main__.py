@@ -12,6 +12,7 @@ COMMANDS = {
     "predictor": "the tuner's predictor on workloads it never saw, beside simpler ones",
     "replay_table": "points of a tuning space, really measured, for searchers to be compared on",
     "search": "the tuner's searchers: how many launches until a point is near the best",
+    "train": "samples a second of a configuration, beside variants, stock TorchRec or another commit",
     "truth": "predicted step times beside those of real training",
 }
 

@@ -7,16 +7,10 @@ from typing import Any
 import torch
 
 from dlrm_scale.config import RunConfig
-from dlrm_scale.data.open import open_source
-from dlrm_scale.models.ranking_model import build_model
-from dlrm_scale.sharding.apply import shard_model
 from dlrm_scale.sharding.plan import Plan
-from dlrm_scale.training.monitor import Board, percentiles
-from dlrm_scale.training.progress import Progress
-from dlrm_scale.training.ranks import Rank, process_group, this_rank
-from dlrm_scale.training.readers import TrainReader
-from dlrm_scale.training.state import seed_generators
-from dlrm_scale.training.trainer import Trainer
+from dlrm_scale.training.monitor import percentiles
+from dlrm_scale.training.ranks import process_group, this_rank
+from tools.benchmark.train_ranks import train
 
 
 def train_points(
@@ -30,18 +24,7 @@ def train_points(
     rank = this_rank(jobs[0][0].device)
     with process_group(rank):
         for index in order:
-            step_ms = _train(*jobs[index], rank)
+            result = train(*jobs[index], rank)
             gc.collect()  # pipeline and model refer to each other
             if rank.is_first:
-                tell((index, step_ms))
-
-
-def _train(config: RunConfig, plan: Plan, rank: Rank) -> dict[str, float]:
-    """The trainer's own loop and readers; nothing is written, saved or evaluated."""
-    seed_generators(config.seed, rank, 0)
-    reader = TrainReader(config, rank, open_source(config.data, config.features, "train", config.seed))
-    model = shard_model(
-        build_model(config, dense_device=rank.device), plan, config.train.sparse, rank.device, config.seed
-    )
-    trainer = Trainer(config, rank, model, reader, None, Board(None), Progress(None, reader.num_steps))
-    return percentiles([ms["step"] for ms in trainer.train().step_ms])
+                tell((index, percentiles([ms["step"] for ms in result.step_ms])))

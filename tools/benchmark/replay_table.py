@@ -137,7 +137,9 @@ def draw(space: Space, num_points: int, seed: int) -> list[Row]:
     if not points:
         space.require_feasible(plans, seed)
     jobs = [space.job(point) for point in points]
-    return [Row(space, point, job, plans.plan(job.config, job.cluster)) for point, job in zip(points, jobs, strict=True)]
+    return [
+        Row(space, point, job, plans.plan(job.config, job.cluster)) for point, job in zip(points, jobs, strict=True)
+    ]
 
 
 def configured(row: Row, steps: int) -> Any:

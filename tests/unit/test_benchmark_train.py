@@ -1,0 +1,107 @@
+"""The training benchmark's arithmetic: what it counts, which variants it makes, and how it compares them."""
+
+import argparse
+
+import pytest
+import yaml
+
+from dlrm_scale.errors import ConfigError
+from tests.support.configs import TINY, tiny_config
+from tools.benchmark.roofline import count_work, embedding_bytes
+from tools.benchmark.stock_loop import check
+from tools.benchmark.train import BASE, summary, variants_of
+
+PLAIN = {
+    "features": {
+        "tables": {name: {"num_embeddings": 100, "embedding_dim": 8} for name in ("user", "item")},
+        "dense": [{"name": "age"}],
+        "categorical": [{"name": name, "table": name} for name in ("user", "item")],
+        "sequences": [],
+        "group": None,
+    },
+    "model": {"arch": "dlrm", "bottom_hidden": [8], "top_hidden": [16]},
+}
+
+
+def plain_config(**sections):
+    return tiny_config(**{**PLAIN, **sections})
+
+
+def test_bytes_of_pooled_tables_by_hand():
+    """A sample of two features of one id, 8 columns of 4 bytes: forward id 8, row 32, pooled row 32; backward gradient 32, row and
+    state read and written."""
+    assert embedding_bytes(plain_config()) == 64 * 2 * ((8 + 32 + 32) + (32 + 2 * (32 + 4)))
+    assert embedding_bytes(plain_config(train={"sparse": {"name": "adagrad"}})) == 64 * 2 * (104 + 2 * (32 + 32))
+    assert embedding_bytes(plain_config(train={"sparse": {"name": "sgd"}})) == 64 * 2 * (104 + 2 * 32)
+
+
+def test_bytes_of_sequences_and_bags_grow_with_their_ids():
+    few = TINY["features"]
+    many = {
+        **few,
+        "categorical": [{**f, "pooling_factor": 5.0} if f["name"] == "tags" else f for f in few["categorical"]],
+    }
+    more = embedding_bytes(tiny_config(features=many)) - embedding_bytes(tiny_config())
+    assert more == 64 * 2 * ((8 + 32) + 2 * (32 + 4))  # two more ids a sample, pooled into the same row
+
+
+def test_flops_are_those_of_the_global_batch_however_it_is_cut():
+    one = count_work(plain_config(), 1)
+    assert one == count_work(plain_config(), 2) == count_work(plain_config(train={"accumulate_steps": 2}), 2)
+    assert count_work(plain_config(train={"global_batch_size": 128}), 2).dense_flops == 2 * one.dense_flops
+
+
+def arguments(tmp_path, *changes, **options):
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(TINY))
+    defaults = {"variant": [], "skip": [], "stock": False, "nproc": 2, "threads": 1, "steps": 8}
+    return argparse.Namespace(config=str(path), changes=list(changes), **{**defaults, **options})
+
+
+def test_variants_differ_from_the_base_in_what_they_name(tmp_path):
+    variants = variants_of(
+        arguments(
+            tmp_path,
+            "train.global_batch_size=128",
+            variant=[["plain", "train.pipeline=none"], ["alone", "launch.num_ranks=1", "launch.threads_per_rank=2"]],
+            skip=["data"],
+        )
+    )
+    base, plain, alone, without = variants
+    assert [v.name for v in variants] == [BASE, "plain", "alone", "without data"]
+    assert {v.config.train.global_batch_size for v in variants} == {128}
+    assert (base.config.train.pipeline, plain.config.train.pipeline) == ("sparse_dist", "none")
+    assert [(v.ranks, v.threads) for v in variants] == [(2, 1), (2, 1), (1, 2), (2, 1)]
+    assert (without.skip, without.config) == ("data", base.config)
+    assert base.config.train.max_steps == 8 and base.config.log.warmup_steps == 2
+
+
+@pytest.mark.parametrize(
+    ("variant", "message"),
+    [
+        (["a", "train.pipelin=none"], "pipeline"),
+        (["a", "launch.num_ranks=two"], "whole number"),
+        (["a", "launch.num_ranks=3"], "data.lanes"),
+        ([BASE], "two variants of the name 'base'"),
+    ],
+)
+def test_a_variant_that_cannot_be_is_refused(tmp_path, variant, message):
+    with pytest.raises(ConfigError, match=message):
+        variants_of(arguments(tmp_path, variant=[variant]))
+
+
+def test_stock_is_refused_for_what_torchrec_has_no_model_of(tmp_path):
+    with pytest.raises(ConfigError, match="it needs model.arch dlrm"):
+        variants_of(arguments(tmp_path, stock=True))
+    check(plain_config())
+    with pytest.raises(ConfigError, match="rowwise_adagrad and adam"):
+        check(plain_config(train={"sparse": {"name": "sgd"}}))
+
+
+def test_ratios_are_of_the_runs_of_one_repeat():
+    """A machine that slows down twofold in the second repeat changes no ratio."""
+    base = [{"samples_per_s": s} for s in (100.0, 50.0, 100.0)]
+    twice = [{"samples_per_s": s} for s in (200.0, 100.0, 220.0)]
+    found = summary(twice, base)
+    assert found["over_base"] == {"median": 2.0, "least": 2.0, "most": 2.2}
+    assert found["samples_per_s"] == {"median": 200.0, "least": 100.0, "most": 220.0}

@@ -1,0 +1,92 @@
+"""What this machine could do at most, measured on all ranks at once, and what a training step asks of it, counted."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from dlrm_scale.config import RunConfig
+from dlrm_scale.models.dense_trace import count_flops
+from tools.benchmark.timing import Case, time_interleaved
+
+MATRIX = {"cpu": 2048, "cuda": 8192}  # rows and columns: large enough to reach the peak
+COPY_BYTES = {"cpu": 2**27, "cuda": 2**30}  # far over any cache
+SECONDS = 1.5
+ID_BYTES, FLOAT_BYTES = 8, 4
+ELEMENT_BYTES = {"fp32": 4, "fp16": 2}
+# of an optimizer's state: numbers for a row, and numbers for each of its elements
+STATE_FLOATS = {
+    **{"sgd": (0, 0), "rowwise_adagrad": (1, 0), "adagrad": (0, 1)},
+    **{"partial_rowwise_adam": (1, 1), "adam": (0, 2), "lamb": (0, 2)},
+}
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """Of all ranks together."""
+
+    flops_per_s: dict[str, float]  # by precision: a large matrix product
+    copy_bytes_per_s: float  # read + write
+
+
+@dataclass(frozen=True)
+class Work:
+    """Of one optimizer step of all ranks together.
+
+    dense_flops: of the products in forward and backward pass, sequences at max_length, as FlopCounterMode counts.
+    embedding_bytes: ids and rows read, pooled rows written, their gradients read, rows and optimizer state read and written.
+        Every id counts, as if no two of a batch were the same row, and nothing for exchanges.
+    """
+
+    dense_flops: int
+    embedding_bytes: int
+
+
+def measure_peaks(device: torch.device) -> Peaks:
+    """Collective. The slowest rank's median counts for all."""
+    size = MATRIX[device.type]
+    cases = {}
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        a, b, out = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(3))
+        cases[precision] = Case(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), finish=_finish(device))
+    source, target = (torch.ones(COPY_BYTES[device.type] // FLOAT_BYTES, device=device) for _ in range(2))
+    cases["copy"] = Case(lambda: target.copy_(source), finish=_finish(device))
+    seconds = time_interleaved(cases, SECONDS, align=dist.barrier, agree=_first_rank_says)
+    slowest = torch.tensor([sorted(s)[len(s) // 2] for s in seconds.values()], dtype=torch.float64)
+    dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+    fp32, bf16, copy = slowest.tolist()
+    ranks = dist.get_world_size()
+    flops = {"fp32": ranks * 2 * size**3 / fp32, "bf16": ranks * 2 * size**3 / bf16}
+    return Peaks(flops, ranks * 2 * COPY_BYTES[device.type] / copy)
+
+
+def _finish(device: torch.device):
+    return torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
+
+def _first_rank_says(go_on: bool) -> bool:
+    verdict = torch.tensor([int(go_on)])
+    dist.broadcast(verdict, src=0)
+    return bool(verdict.item())
+
+
+def count_work(config: RunConfig, num_ranks: int) -> Work:
+    micro_batches = config.train.accumulate_steps
+    local = config.train.global_batch_size // num_ranks // micro_batches
+    return Work(sum(count_flops(config, local)) * num_ranks * micro_batches, embedding_bytes(config))
+
+
+def embedding_bytes(config: RunConfig) -> int:
+    schema, batch = config.features, config.train.global_batch_size
+    of_row, of_element = STATE_FLOATS[config.train.sparse.name]
+    total = 0.0
+    for name, table in schema.tables.items():
+        row = table.embedding_dim * ELEMENT_BYTES[table.data_type]
+        out = table.embedding_dim * FLOAT_BYTES
+        state = (of_row + of_element * table.embedding_dim) * FLOAT_BYTES
+        for feature in schema.features_of(name):
+            ids = schema.expected_ids[feature]
+            vectors = ids if name in schema.sequence_tables else 1  # a pooled one a sample, or one an id
+            total += ids * (ID_BYTES + row) + vectors * out  # forward
+            total += vectors * out + ids * 2 * (row + state)  # backward
+    return round(total * batch)

@@ -1,0 +1,259 @@
+"""`train`: how fast a configuration trains, where its steps' time goes, and how far that is from what the machine can do."""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from dlrm_scale.config import RunConfig, check_num_ranks
+from dlrm_scale.config_io import apply_override, parse_config, read_tree
+from dlrm_scale.errors import ConfigError
+from dlrm_scale.training.clock import STAGES
+from dlrm_scale.tuning.trial import short
+from tools.benchmark.cluster import positive
+from tools.benchmark.ranks import run_on_ranks
+from tools.benchmark.roofline import count_work
+from tools.benchmark.stock_loop import check, measure_stock
+from tools.benchmark.train_ranks import SKIPS, RankRun, measure_training, trace_training
+
+BASE, STOCK = "base", "stock TorchRec"
+RANKS, THREADS = "launch.num_ranks", "launch.threads_per_rank"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Train a configuration for some steps, several times, in turn with variants of it, each time in processes of its own: samples a second, what\n"
+        "a step's time goes to, memory, and the part used of the matrix and copy speed that the same ranks measure in the same run."
+    )
+    parser.epilog = (
+        "example: python -m tools.benchmark train --config configs/criteo_80k.yaml --variant none train.pipeline=none --stock\n"
+        "         ... --variant one_rank launch.num_ranks=1 launch.threads_per_rank=2      ... --commit main~1      ... --skip data dense"
+    )
+    parser.add_argument("--config", required=True, metavar="YAML")
+    parser.add_argument("changes", nargs="*", metavar="KEY=VALUE", help="of the base and all variants")
+    parser.add_argument("--nproc", type=positive, default=2, metavar="N", help="ranks of the base (default 2)")
+    parser.add_argument("--threads", type=positive, default=1, metavar="N", help="of each rank (default 1)")
+    parser.add_argument(
+        "--variant", nargs="+", action="append", default=[], metavar=("NAME", "KEY=VALUE"),
+        help=f"beside the base, also with other {RANKS} or {THREADS}; can be given several times",
+    )  # fmt: skip
+    parser.add_argument("--stock", action="store_true", help="beside TorchRec's own DLRM in a plain loop, fp32")
+    parser.add_argument("--commit", metavar="REV", help="beside the base on another commit of this repository")
+    parser.add_argument("--skip", nargs="+", choices=SKIPS, default=[], help="beside the base without these")
+    parser.add_argument(
+        "--steps", type=positive, default=40, metavar="N", help="a quarter of them warm-up (default 40)"
+    )
+    parser.add_argument("--repeats", type=positive, default=5, metavar="N", help="(default 5)")
+    parser.add_argument("--trace", metavar="DIR", help="profile the base once, for TensorBoard or chrome://tracing")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What is trained: on `ranks` ranks, each with `threads`."""
+
+    name: str
+    config: RunConfig
+    ranks: int
+    threads: int
+    measure: Callable[["Variant", Callable[[str], Any]], dict[str, Any]]
+    skip: str = ""
+
+
+def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """Raises ConfigError; else as `run_on_ranks`."""
+    variants = variants_of(args)
+    runs: dict[str, list[dict[str, Any]]] = {variant.name: [] for variant in variants}
+    with other_commit(args) as at_commit, console.status("") as status:
+        if at_commit:
+            variants.append(at_commit)
+            runs[at_commit.name] = []
+        for repeat in range(args.repeats):
+            for variant in variants[repeat % len(variants) :] + variants[: repeat % len(variants)]:
+                tell = lambda doing, v=variant, r=repeat: status.update(f"{v.name}, {r + 1} of {args.repeats}: {doing}")  # noqa: E731
+                tell("starting")
+                runs[variant.name].append(variant.measure(variant, tell))
+        table = None
+        if args.trace:
+            status.update("tracing")
+            base = variants[0]
+            arguments = (base.config, base.threads, args.trace)
+            table = run_on_ranks(trace_training, arguments, base.ranks, base.ranks)[0]
+    return {
+        "config": args.config,
+        "changes": args.changes,
+        "steps": args.steps,
+        "repeats": args.repeats,
+        "variants": {name: summary(own, runs[BASE]) for name, own in runs.items()},
+        "trace": args.trace,
+        "costliest": table,
+    }
+
+
+# ------------------------------------------------------------ variants
+def variants_of(args: argparse.Namespace) -> list[Variant]:
+    """Raises ConfigError."""
+    found = [variant(args, BASE, [])]
+    for name, *changes in args.variant:
+        found.append(variant(args, name, changes))
+    found += [variant(args, f"without {skip}", [], skip=skip) for skip in args.skip]
+    if args.stock:
+        fp32 = variant(args, STOCK, ["train.precision=fp32"], measure=_measure_stock)
+        check(fp32.config)
+        found.append(fp32)
+    names = [v.name for v in found]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise ConfigError(f"there are two variants of the name {twice[0]!r}; name one of them otherwise")
+    return found
+
+
+def variant(args: argparse.Namespace, name: str, changes: Sequence[str], **parts: Any) -> Variant:
+    launch = {RANKS: args.nproc, THREADS: args.threads}
+    tree = read_tree(args.config, RunConfig, "configuration")
+    for change in (*args.changes, *short(args.steps), *changes):
+        key, _, value = change.partition("=")
+        if key in launch:
+            if not value.isdigit() or not int(value):
+                raise ConfigError(f"{key} must be a whole number, 1 or more, but is {value!r}")
+            launch[key] = int(value)
+        else:
+            apply_override(tree, change)
+    config = parse_config(tree, f"{args.config}, {name}")
+    check_num_ranks(config, launch[RANKS])
+    return Variant(name, config, launch[RANKS], launch[THREADS], **{"measure": _measure, **parts})
+
+
+def _measure(variant: Variant, tell: Callable[[str], Any]) -> dict[str, Any]:
+    arguments = (variant.config, variant.threads, variant.skip)
+    return figures(variant, run_on_ranks(measure_training, arguments, variant.ranks, variant.ranks, tell))
+
+
+def _measure_stock(variant: Variant, tell: Callable[[str], Any]) -> dict[str, Any]:
+    arguments = (variant.config, variant.threads)
+    return figures(variant, run_on_ranks(measure_stock, arguments, variant.ranks, variant.ranks, tell))
+
+
+@contextmanager
+def other_commit(args: argparse.Namespace) -> Iterator[Variant | None]:
+    """The base as the code of `args.commit` trains it: this same command there, once a repeat."""
+    if args.commit is None:
+        yield None
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder) / "tree"
+        _git("worktree", "add", "--detach", str(tree), args.commit)
+        command = [sys.executable, "-P", "-m", "tools.benchmark", "train", "--config", args.config, *args.changes]
+        command += ["--nproc", str(args.nproc), "--threads", str(args.threads), "--steps", str(args.steps)]
+
+        def measure(variant: Variant, tell: Callable[[str], Any]) -> dict[str, Any]:
+            tell("training")
+            environment = {**os.environ, "PYTHONPATH": str(tree)}
+            done = subprocess.run(
+                [*command, "--repeats", "1", "--json"], env=environment, capture_output=True, text=True, check=False
+            )
+            if done.returncode:
+                raise ConfigError(f"the benchmark does not run at {args.commit}: {done.stderr.strip()[-2000:]}")
+            return json.loads(done.stdout)["variants"][BASE]["runs"][0]
+
+        try:
+            yield variant(args, f"at {args.commit}", [], measure=measure)
+        finally:
+            _git("worktree", "remove", "--force", str(tree))
+
+
+def _git(*words: str) -> None:
+    done = subprocess.run(["git", *words], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ConfigError(f"git {' '.join(words)}: {done.stderr.strip()}")
+
+
+# ------------------------------------------------------------ figures
+def figures(variant: Variant, ranks: Sequence[RankRun]) -> dict[str, Any]:
+    """Of one run. mfu and mbu: counted FLOPs and embedding bytes a second, over what the ranks measured right after it."""
+    first, config = ranks[0], variant.config
+    work = count_work(config, variant.ranks)
+    steps_per_s = first.samples_per_s / config.train.global_batch_size
+    p10, p50, p90 = np.percentile(first.step_ms, (10, 50, 90)).tolist()
+    counts_flops = variant.skip != "dense"
+    return {
+        "samples_per_s": first.samples_per_s,
+        "step_ms": {"p10": p10, "p50": p50, "p90": p90},
+        "stage_ms": first.stage_ms,
+        "peak_memory": [rank.peak_memory for rank in ranks],
+        "work": asdict(work),
+        "peaks": asdict(first.peaks),
+        "mfu": {
+            precision: steps_per_s * work.dense_flops / peak if counts_flops else None
+            for precision, peak in first.peaks.flops_per_s.items()
+        },
+        "mbu": steps_per_s * work.embedding_bytes / first.peaks.copy_bytes_per_s,
+        "precision": config.train.precision,
+    }
+
+
+def summary(runs: Sequence[dict[str, Any]], base: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """`over_base`: of each repeat's two runs."""
+    speeds = [run["samples_per_s"] for run in runs]
+    ratios = [run["samples_per_s"] / other["samples_per_s"] for run, other in zip(runs, base, strict=True)]
+    return {"samples_per_s": spread(speeds), "over_base": spread(ratios), "runs": list(runs)}
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "least": min(values), "most": max(values)}
+
+
+# ------------------------------------------------------------ to read
+def show(result: dict[str, Any], console: Console) -> None:
+    title = f"{result['config']}, {result['steps']} steps, {result['repeats']} repeats: medians (least to most)"
+    grid = Table(title=title, title_justify="left")
+    for column in ("", "samples/s", "over base", "step ms p50 / p90", "MFU", "MBU", "GB a rank"):
+        grid.add_column(column, justify="right" if column else "left")
+    for name, found in result["variants"].items():
+        speed, ratio, runs = found["samples_per_s"], found["over_base"], found["runs"]
+        mfu = _median(run["mfu"][run["precision"]] for run in runs)
+        p50, p90 = (_median(run["step_ms"][p] for run in runs) for p in ("p50", "p90"))
+        grid.add_row(
+            name,
+            f"{speed['median']:,.0f} ({speed['least']:,.0f}..{speed['most']:,.0f})",
+            "" if name == BASE else f"{ratio['median']:.2f} ({ratio['least']:.2f}..{ratio['most']:.2f})",
+            f"{p50:,.1f} / {p90:,.1f}",
+            "-" if mfu is None else f"{mfu:.1%}",
+            f"{_median(run['mbu'] for run in runs):.1%}",
+            f"{_median(max(m['host_bytes'] for m in run['peak_memory']) for run in runs) / 1e9:.2f}",
+        )
+    console.print(grid)
+    stages = Table(title="median ms of a step, by stage", title_justify="left")
+    for column in ("", *(stage.replace("_", " ") for stage in STAGES)):
+        stages.add_column(column, justify="right" if column else "left")
+    for name, found in result["variants"].items():
+        if found["runs"][0]["stage_ms"]:
+            stages.add_row(
+                name, *(f"{_median(run['stage_ms'][stage] for run in found['runs']):.1f}" for stage in STAGES)
+            )
+    console.print(stages)
+    peaks = result["variants"][BASE]["runs"][0]["peaks"]
+    flops = ", ".join(f"{precision} {rate / 1e9:,.0f} GFLOP/s" for precision, rate in peaks["flops_per_s"].items())
+    console.print(f"this machine, all ranks at once: {flops}, copy {peaks['copy_bytes_per_s'] / 1e9:,.1f} GB/s")
+    if result["costliest"]:
+        console.print(result["costliest"])
+    next_step = (
+        f"tensorboard --logdir {result['trace']}" if result["trace"] else "add --skip data dense, or --trace DIR"
+    )
+    console.print(f"next: {next_step}")
+
+
+def _median(values: Any) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None
