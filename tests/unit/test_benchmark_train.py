@@ -67,7 +67,7 @@ def test_variants_differ_from_the_base_in_what_they_name(tmp_path):
             skip=["data"],
         )
     )
-    base, plain, alone, without = variants
+    base, plain, _, without = variants
     assert [v.name for v in variants] == [BASE, "plain", "alone", "without data"]
     assert {v.config.train.global_batch_size for v in variants} == {128}
     assert (base.config.train.pipeline, plain.config.train.pipeline) == ("sparse_dist", "none")
@@ -91,7 +91,7 @@ def test_a_variant_that_cannot_be_is_refused(tmp_path, variant, message):
 
 
 def test_stock_is_refused_for_what_torchrec_has_no_model_of(tmp_path):
-    with pytest.raises(ConfigError, match="it needs model.arch dlrm"):
+    with pytest.raises(ConfigError, match=r"it needs model\.arch dlrm or dlrm_dcnv2"):
         variants_of(arguments(tmp_path, stock=True))
     check(plain_config())
     with pytest.raises(ConfigError, match="rowwise_adagrad and adam"):
