@@ -49,23 +49,29 @@ def this_rank(device: Device) -> Rank:
     return Rank(index, world_size, local_index, ranks_per_host, torch_device)
 
 
-@contextmanager
-def process_group(rank: Rank) -> Iterator[None]:
-    """The default process group: gloo, and NCCL for tensors on GPUs.
+def meeting_point(rank: Rank) -> dist.Store:
+    """Where ranks of one start find each other; it lasts as long as it is referred to.
 
-    Each start of the ranks by one launcher has a store prefix of its own: the agent's store outlives a restart, and ranks that read the
+    Each start of the ranks by one launcher has a prefix of its own: the agent's store outlives a restart, and ranks that read the
     last attempt's addresses there hang.
     """
     if "MASTER_ADDR" in os.environ:
         store = next(dist.rendezvous("env://", rank.index, rank.world_size))[0]
     else:
         store = dist.HashStore()
+    return dist.PrefixStore(f"attempt_{restart_number()}", store)
+
+
+@contextmanager
+def process_group(rank: Rank, store: dist.Store | None = None) -> Iterator[None]:
+    """The default process group: gloo, and NCCL for tensors on GPUs."""
+    store = store or meeting_point(rank)
     on_cuda = rank.device.type == "cuda"
     if on_cuda:
         torch.cuda.set_device(rank.device)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if on_cuda else "gloo",
-        store=dist.PrefixStore(f"attempt_{restart_number()}", store),
+        store=store,
         rank=rank.index,
         world_size=rank.world_size,
         device_id=rank.device if on_cuda else None,

@@ -14,6 +14,7 @@ import numpy as np
 from rich.console import Console
 
 from dlrm_scale.cluster import load_cluster
+from dlrm_scale.config import RunConfig
 from dlrm_scale.config_io import apply_override, parse_config
 from dlrm_scale.errors import ConfigError
 from dlrm_scale.record_format import origin
@@ -30,6 +31,7 @@ from tools.benchmark.ranks import run_on_ranks
 from tools.benchmark.replay_ranks import train_points
 from tools.benchmark.tuning_workloads import random_space
 
+PIPELINE_DEPTH = 2  # batches that TrainPipelineSparseDist has under way
 PERCENTILES = ("p10", "p50", "p90")
 
 
@@ -39,15 +41,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "many in the same processes, and write one record a point. Repeats are rounds over all points, so that a slow hour hits all alike.\n"
         "An interrupted call goes on from FILE.part."
     )
-    parser.epilog = "example: python -m tools.benchmark replay_table --space configs/tuning/criteo_80k.yaml --points 300 --repeats 3 --out replay.jsonl.gz"
+    parser.epilog = (
+        "example: python -m tools.benchmark replay_table --space docs/results/replay/criteo_80k.yaml --out replay.jsonl.gz\n"
+        "         python -m tools.benchmark replay_table --workloads 8 --points 20 --repeats 2 --out workloads.jsonl.gz"
+    )
     of_what = parser.add_mutually_exclusive_group(required=True)
     of_what.add_argument("--space", metavar="YAML", help="see configs/tuning")
     of_what.add_argument("--workloads", type=positive, metavar="N", help="so many random models, on --cluster")
     parser.add_argument("--cluster", default="2xcpu", metavar="NAME", help="of --workloads (default 2xcpu)")
-    parser.add_argument("--points", type=positive, default=300, metavar="N", help="of each space (default 300)")
+    parser.add_argument("--points", type=positive, default=200, metavar="N", help="of each space (default 200)")
     parser.add_argument("--repeats", type=positive, default=3, metavar="R", help="runs of each point (default 3)")
     parser.add_argument(
-        "--steps", type=positive, default=24, metavar="S", help="of a run, a quarter of them warm-up (default 24)"
+        "--steps", type=positive, default=12, metavar="S", help="of a run, a quarter of them warm-up (default 12)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the points and their order (default 0)")
     parser.add_argument("--out", required=True, metavar="FILE", help="records, compressed if it ends in .gz")
@@ -98,7 +103,8 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
                         status.update(f"{len(part.times)} of {args.repeats * len(rows)} runs")
 
                     jobs = [(configured(row, args.steps), row.plan) for row in rows]
-                    arguments = (jobs, order, launch.threads_per_rank)
+                    timed = args.steps - jobs[0][0].log.warmup_steps
+                    arguments = (jobs, order, launch.threads_per_rank, timed)
                     run_on_ranks(
                         train_points, arguments, launch.num_ranks, rows[order[0]].job.cluster.ranks_per_host, told
                     )
@@ -142,9 +148,12 @@ def draw(space: Space, num_points: int, seed: int) -> list[Row]:
     ]
 
 
-def configured(row: Row, steps: int) -> Any:
+def configured(row: Row, steps: int) -> RunConfig:
+    """For `steps` steps that are alike: more follow, so that to the last of them batches are read and ids exchanged ahead, and
+    nothing is logged in between."""
     tree = row.job.config.model_dump(mode="json")
-    for change in short(steps):
+    total = steps + max(PIPELINE_DEPTH, row.job.config.data.prefetch_batches)
+    for change in (*short(steps), f"train.max_steps={total}", f"log.every_steps={total}"):
         apply_override(tree, change)
     return parse_config(tree, "a point of the space")
 
