@@ -19,7 +19,7 @@ SHOWN_DIFFERENCES = 12
 
 class LaunchPart(Strict):
     num_ranks: int = Field(gt=0)
-    threads_per_rank: int = Field(gt=0)
+    threads_per_rank: int | None = Field(None, gt=0, description="None: as launchers/torchrun.sh divides the cores")
 
 
 class MadeFor(Strict):
@@ -79,7 +79,7 @@ def main(argv: list[str]) -> int:
     except ConfigError as e:
         print(f"error: {e}", file=sys.stderr)
         return e.exit_code
-    print(launch.num_ranks, launch.threads_per_rank)
+    print(launch.num_ranks, launch.threads_per_rank or "")
     return 0
 
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 
-from dlrm_scale.errors import EXIT_INTERRUPTED, UserError
+from dlrm_scale.errors import EXIT_FAILED, EXIT_INTERRUPTED, UserError
 from dlrm_scale.libraries import loading_libraries
 
 PLAIN = {"markup": False, "emoji": False, "highlight": False, "soft_wrap": True}  # names may hold brackets
@@ -32,6 +32,9 @@ def run_tool(
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return e.exit_code
+    except OSError as e:  # a full disk, a folder that is gone: what the commands do not name themselves
+        print(f"error: {e.filename or 'a file'}: {e.strerror or e}", file=sys.stderr)
+        return EXIT_FAILED
     except KeyboardInterrupt:
         print(if_interrupted, file=sys.stderr)
         return EXIT_INTERRUPTED

@@ -12,7 +12,7 @@ from dlrm_scale.strict import Strict
 
 Value = bool | int | float | str
 LAUNCH_PREFIX = "launch."
-LAUNCH_KEYS = ("launch.num_ranks", "launch.threads_per_rank")
+RANKS_KEY, THREADS_KEY = LAUNCH_KEYS = ("launch.num_ranks", "launch.threads_per_rank")
 ANY_TYPE = "any"  # the planner chooses
 MAX_VALUES = 4096
 

@@ -22,10 +22,10 @@ from torchx.schedulers import get_scheduler_factories
 from torchx.specs import AppState, is_terminal
 
 from dlrm_scale.errors import ConfigError, UserError
+from dlrm_scale.tuning.space import cores
 from dlrm_scale.tuning.trial import (
     Trial,
     clean,
-    cores,
     failed_record,
     finished_record,
     kernel_kills,
@@ -47,7 +47,10 @@ class LaunchError(UserError):
 
 @dataclass(frozen=True)
 class Limits:
-    """hopeless: a trial that is slower than this part of the best so far is stopped; 0: none is."""
+    """Of trials of speed; one of quality takes what training takes, and the trainer's own watchdog ends it if it hangs.
+
+    hopeless: a trial that is slower than this part of the best so far is stopped; 0: none is.
+    """
 
     time_limit_s: float = math.inf
     hopeless: float = 0.5
@@ -109,16 +112,25 @@ class Launcher:
         self.running = []
         self.runner.close()
 
+    @property
+    def may_start(self) -> bool:
+        """Whether there may be room for another trial: a place, and on this machine a core that is not taken."""
+        if not self.running:
+            return True
+        return len(self.running) < self.limits.parallel and (not self.is_local or self._threads_taken < cores())
+
     def has_room(self, trial: Trial) -> bool:
         """Whether it may start beside those that run: on this machine, only if all of their threads have a core each, and on its
         GPUs not at all, since ranks take them from the first on."""
         if not self.running:
             return True
-        if len(self.running) >= self.limits.parallel:
+        if not self.may_start or (self.is_local and trial.job.cluster.device == "cuda"):
             return False
-        if self.is_local and trial.job.cluster.device == "cuda":
-            return False
-        return not self.is_local or sum(map(_threads, (r.trial for r in self.running))) + _threads(trial) <= cores()
+        return not self.is_local or self._threads_taken + _threads(trial) <= cores()
+
+    @property
+    def _threads_taken(self) -> int:
+        return sum(_threads(running.trial) for running in self.running)
 
     def launch(self, trial: Trial) -> None:
         """Raises LaunchError: the scheduler did not take it."""
@@ -154,11 +166,12 @@ class Launcher:
             return record
         if status.state == AppState.RUNNING and running.started is None:
             running.started = time.monotonic()
-        if running.started is not None and time.monotonic() - running.started > self.limits.time_limit_s:
-            self._cancel(running)
-            return failed_record(trial, f"not done after the time limit of {self.limits.time_limit_s:g} s", False)
         if not trial.steps:
             return None
+        if running.started is not None and time.monotonic() - running.started > self.limits.time_limit_s:
+            self._cancel(running)
+            reason = f"not done after the time limit of {self.limits.time_limit_s:g} s (--time-limit)"
+            return failed_record(trial, reason, False, self.is_local)
         seen = progress(running.folder, trial)
         if len(seen.step_ms) < LEAST_LOGS or not self.limits.hopeless or seen.steps >= trial.steps:
             return None
@@ -167,12 +180,12 @@ class Launcher:
             return None
         self._cancel(running)
         reason = f"stopped after {seen.steps} steps: {speed:,.0f} samples/s at best, beside {best_samples_per_s:,.0f}"
-        return stopped_record(trial, seen, reason)
+        return stopped_record(trial, seen, reason, self.is_local)
 
     def _failure(self, running: Running, state: str) -> dict[str, Any]:
         reason = why_failed(self._lines(running), state)
         killed = self.is_local and "SIGKILL" in reason and kernel_kills() > running.kernel_kills
-        return failed_record(running.trial, reason, killed)
+        return failed_record(running.trial, reason, killed, self.is_local)
 
     def _lines(self, running: Running) -> list[str]:
         try:

@@ -54,6 +54,7 @@ class Record:
     reason: str
     step_ms: float
     step_ms_spread: float  # (p90 - p10) / p50 of the run's steps
+    repeats_ms: tuple[float, ...]  # medians of the runs that step_ms is the median of; empty for a single run
     num_steps: int
     loads: tuple[RankLoad, ...]
     sharding_types: Mapping[str, str]
@@ -124,12 +125,7 @@ def read_records(paths: Sequence[str | Path]) -> History:
     """Raises ConfigError: a file that cannot be read. A line that cannot be used is a `Problem`, not an error."""
     records, problems = [], []
     for path in paths:
-        try:
-            content = Path(path).read_bytes()
-            lines = (gzip.decompress(content) if Path(path).suffix == ".gz" else content).splitlines()
-        except (OSError, EOFError, zlib.error) as e:  # the latter for a .gz that is cut off or altered
-            raise ConfigError(f"cannot read the records {path}: {getattr(e, 'strerror', None) or e}") from None
-        for number, line in enumerate(lines, start=1):
+        for number, line in enumerate(read_text(path).splitlines(), start=1):
             if not line.strip():
                 continue
             where = f"{path}:{number}"
@@ -138,6 +134,15 @@ def read_records(paths: Sequence[str | Path]) -> History:
             except (ValueError, KeyError, TypeError) as e:  # ConfigError is a ValueError
                 problems.append(Problem(where, _why(e)))
     return History(tuple(records), tuple(problems))
+
+
+def read_text(path: str | Path) -> bytes:
+    """Of a records file, which may be compressed (.gz). Raises ConfigError: it cannot be read."""
+    try:
+        content = Path(path).read_bytes()
+        return gzip.decompress(content) if Path(path).suffix == ".gz" else content
+    except (OSError, EOFError, zlib.error) as e:  # the latter for a .gz that is cut off or altered
+        raise ConfigError(f"cannot read the records {path}: {getattr(e, 'strerror', None) or e}") from None
 
 
 def _why(error: Exception) -> str:
@@ -164,8 +169,9 @@ def parse_record(line: Any, where: str) -> Record:
     step_ms, spread = _times(line["step_ms"]) if outcome == "ok" else (math.nan, math.nan)
     config: RunConfig = parse_config(line["config"], "its config")
     cluster = parse_tree(line["cluster"], ClusterSpec, "cluster", "its cluster")
-    plan, trial, hardware = line.get("plan"), line.get("trial"), line.get("hardware")
-    threads = int((line.get("launch") or {}).get("threads_per_rank", 1))
+    plan, trial = line.get("plan"), line.get("trial")
+    versions, launch, hardware = (_object(line, name) for name in ("versions", "launch", "hardware"))
+    threads = int(launch.get("threads_per_rank", 1))
     if outcome == "ok" and not plan:
         raise KeyError("plan")
     if plan and set(plan["sharding_types"]) != set(config.features.tables):
@@ -178,16 +184,25 @@ def parse_record(line: Any, where: str) -> Record:
             reason=str(line.get("reason") or ""),
             step_ms=step_ms,
             step_ms_spread=spread,
+            repeats_ms=tuple(map(float, line.get("repeats_ms") or ())),
             num_steps=int(line.get("num_steps") or 0),
             loads=_LOADS.validate_json(json.dumps(plan["ranks"])) if plan else (),
             sharding_types=plan["sharding_types"] if plan else {},
-            versions=line["versions"],
-            hardware=None if hardware is None else hardware["fingerprint"],
+            versions=versions,
+            hardware=hardware.get("fingerprint"),
             trial=None if trial is None else Trial.model_validate_json(json.dumps(trial)),
         )
     except ValidationError as e:
         first = e.errors(include_url=False)[0]
         raise ValueError(f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}") from None
+
+
+def _object(line: dict[str, Any], name: str) -> dict[str, Any]:
+    """That part of a record; empty where it is null or absent."""
+    part = line.get(name)
+    if part is not None and not isinstance(part, dict):
+        raise ValueError(f"{name} is {part!r}, but must be an object")
+    return part or {}
 
 
 def _times(step_ms: Any) -> tuple[float, float]:

@@ -7,6 +7,7 @@ import copy
 import hashlib
 import itertools
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,7 +22,7 @@ from dlrm_scale.config import RunConfig, check_num_ranks
 from dlrm_scale.config_io import apply_override, parse_config, parse_tree, read_tree
 from dlrm_scale.errors import ConfigError, NoPlanError
 from dlrm_scale.strict import Strict
-from dlrm_scale.tuning.knobs import LAUNCH_KEYS, LAUNCH_PREFIX, Knob, Point, Sharding, Value, overrides_of
+from dlrm_scale.tuning.knobs import LAUNCH_KEYS, LAUNCH_PREFIX, THREADS_KEY, Knob, Point, Sharding, Value, overrides_of
 from dlrm_scale.tuning.plans import Plans
 
 TRIES = 64  # random points in which a value, or the whole space, may show that it can run
@@ -172,10 +173,14 @@ class Space:
         return list(itertools.chain.from_iterable(overrides_of(*one) for one in named))
 
     def launch(self, point: Point) -> Launch:
-        """Of knobs with launch keys; without one, the cluster's ranks and one thread each."""
+        """Of knobs with launch keys; without one, the cluster's ranks, and the threads that launchers/torchrun.sh gives them here."""
         by_key = {getattr(self.knobs[name], "key", ""): value for name, value in point.items()}
         ranks, threads = (by_key.get(key) for key in LAUNCH_KEYS)
-        return Launch(int(ranks or self.cluster.num_ranks), int(threads or 1))
+        num_ranks = int(ranks or self.cluster.num_ranks)
+        return Launch(num_ranks, int(threads or default_threads(min(num_ranks, self.cluster.ranks_per_host))))
+
+    def tunes_threads(self, point: Point) -> bool:
+        return any(getattr(self.knobs[name], "key", "") == THREADS_KEY for name in point)
 
     def config(self, point: Point) -> RunConfig:
         """Raises ConfigError, as `load_config` does."""
@@ -280,6 +285,16 @@ class Space:
         except ConfigError as e:
             return str(e)
         return None
+
+
+def cores() -> int:
+    """Of this machine, as far as this process may use them."""
+    return len(os.sched_getaffinity(0))
+
+
+def default_threads(ranks_per_host: int) -> int:
+    """The rule of launchers/torchrun.sh."""
+    return int(os.environ.get("OMP_NUM_THREADS") or max(1, cores() // ranks_per_host))
 
 
 def resized(cluster: ClusterSpec, num_ranks: int) -> ClusterSpec:

@@ -6,7 +6,6 @@
 """
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Sequence
@@ -30,8 +29,10 @@ LOGS_A_TRIAL = 8
 # What a step looks like once memory is touched, kernels are chosen and the readers are full.
 WARMUP_PART = 0.25
 MANY_EPOCHS = 100_000  # a short trial of a large batch must not run out of data
-OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|cannot allocate memory|no plan fits", re.IGNORECASE)
-NOT_FITTING = re.compile(r"insufficient storage|nothing fits|does not fit", re.IGNORECASE)
+# as PyTorch, the kernel and the planner put it; "does not fit" alone is also said of columns and checkpoints
+SHORT_OF_MEMORY = re.compile(
+    r"out of memory|can(?:no|')t allocate memory|no sharding plan (?:was found that )?fits", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True)
@@ -67,23 +68,33 @@ def short(steps: int) -> tuple[str, ...]:
 
 
 def whole(job: Job, base: Job, seed: int) -> tuple[str, ...]:
-    """Changes for a trial of quality: as many samples as the base configuration trains on, whatever the batch size."""
-    changes = [f"seed={seed}", "checkpoint.every_steps=0"]
-    if base.config.train.max_steps is not None:
-        samples = base.config.train.max_steps * base.config.train.global_batch_size
-        changes.append(f"train.max_steps={max(1, round(samples / job.config.train.global_batch_size))}")
-    return tuple(changes)
+    """Changes for a trial of quality."""
+    return (f"seed={seed}", "checkpoint.every_steps=0", *as_many_samples(job, base))
 
 
-def overrides_file(space: Space, point: Point | None, launch: Launch, plan: Path | None) -> OverridesFile:
-    """What makes the base configuration that of `point`, as `--overrides` takes it."""
-    overrides = dict(parse_override(override) for override in space.overrides(point or Point({})))
+def as_many_samples(job: Job, base: Job) -> tuple[str, ...]:
+    """Changes after which a job trains on as many samples as the base configuration, whatever the batch size."""
+    if base.config.train.max_steps is None:
+        return ()
+    samples = base.config.train.max_steps * base.config.train.global_batch_size
+    return (f"train.max_steps={max(1, round(samples / job.config.train.global_batch_size))}",)
+
+
+def overrides_file(
+    space: Space, point: Point | None, launch: Launch, plan: Path | None, changes: Sequence[str] = ()
+) -> OverridesFile:
+    """What makes the base configuration that of `point`, with `changes` on top, as `--overrides` takes it.
+
+    Threads are named where a knob has chosen them; else they are left to launchers/torchrun.sh, as a user leaves them.
+    """
+    overrides = dict(parse_override(override) for override in (*space.overrides(point or Point({})), *changes))
     if plan is not None:
         overrides["sharding.plan"] = str(plan)
+    threads = launch.threads_per_rank if space.tunes_threads(point or Point({})) else None
     return OverridesFile(
         made_for=MadeFor(config=space.base.model_dump(mode="json"), space=space.fingerprint),
         overrides=overrides,
-        launch=LaunchPart(num_ranks=launch.num_ranks, threads_per_rank=launch.threads_per_rank),
+        launch=LaunchPart(num_ranks=launch.num_ranks, threads_per_rank=threads),
     )
 
 
@@ -154,23 +165,25 @@ def finished_record(trial: Trial, folder: Path) -> dict[str, Any] | None:
     return {**record, **_of_trial(trial)}
 
 
-def stopped_record(trial: Trial, seen: Progress, reason: str) -> dict[str, Any]:
+def stopped_record(trial: Trial, seen: Progress, reason: str, ran_here: bool) -> dict[str, Any]:
     """Of a trial that was stopped because it is slow: measured, by fewer steps."""
     p10, p50, p90 = (float(np.percentile(seen.step_ms, q)) for q in (10, 50, 90))
     measured = {"step_ms": {"p10": p10, "p50": p50, "p90": p90}, "num_steps": seen.steps}
-    return {**_own_record(trial, "ok", reason), **measured}
+    return {**_own_record(trial, "ok", reason, ran_here), **measured}
 
 
-def failed_record(trial: Trial, reason: str, short_of_memory: bool) -> dict[str, Any]:
+def failed_record(trial: Trial, reason: str, short_of_memory: bool, ran_here: bool) -> dict[str, Any]:
     """`short_of_memory`: what is known besides the reason's own words."""
-    unfit = short_of_memory or OUT_OF_MEMORY.search(reason) or NOT_FITTING.search(reason)
-    return _own_record(trial, "does not fit" if unfit else "failed", reason)
+    unfit = short_of_memory or SHORT_OF_MEMORY.search(reason)
+    return _own_record(trial, "does not fit" if unfit else "failed", reason, ran_here)
 
 
-def _own_record(trial: Trial, outcome: str, reason: str) -> dict[str, Any]:
+def _own_record(trial: Trial, outcome: str, reason: str, ran_here: bool) -> dict[str, Any]:
+    """`ran_here`: else the machine is not known."""
     launch = trial.job.launch
+    told = origin(launch.num_ranks, launch.threads_per_rank)
     return {
-        **origin(launch.num_ranks, launch.threads_per_rank),
+        **(told if ran_here else {**told, "hardware": None}),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "outcome": outcome,
         "reason": reason,
@@ -206,7 +219,3 @@ def kernel_kills() -> int:
             return next((int(line.split()[1]) for line in f if line.startswith("oom_kill ")), 0)
     except OSError:
         return 0
-
-
-def cores() -> int:
-    return len(os.sched_getaffinity(0))

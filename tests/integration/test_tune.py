@@ -23,7 +23,7 @@ pytestmark = pytest.mark.timeout(900)  # 150 s in all where nothing else runs
 BATCH = {"kind": "categorical", "key": "train.global_batch_size", "values": [256, 512]}
 PIPELINE = {"kind": "categorical", "key": "train.pipeline", "values": ["sparse_dist", "none"]}
 ONE_RANK = {"kind": "categorical", "key": "launch.num_ranks", "values": [1]}  # the base has two
-SEARCH = ("--launches", "3", "--steps", "24", "--repeats", "1", "--quality-seeds", "2", "--hopeless", "0")
+SEARCH = ("--launches", "3", "--steps", "24", "--repeats", "2", "--quality-seeds", "2", "--hopeless", "0")
 
 
 class Tune:
@@ -163,7 +163,7 @@ def test_the_trainer_takes_the_overrides_file(tuned):
     best = json.loads((tune.folder / "result.json").read_text())["tried"][-1]["point"]
     assert record["config"]["train"]["global_batch_size"] == best["batch"] and record["num_steps"] == 2
     assert record["plan"]["fingerprint"] == json.loads((tune.folder / "best_plan.json").read_text())["fingerprint"]
-    assert record["launch"] == {"num_ranks": 1, "threads_per_rank": 1}
+    assert record["launch"]["num_ranks"] == 1
 
 
 def test_a_trial_whose_rank_is_killed_is_recorded_with_its_reason(tmp_path):
@@ -179,7 +179,7 @@ def test_a_trial_whose_rank_is_killed_is_recorded_with_its_reason(tmp_path):
 
 def test_a_hopeless_trial_is_stopped_early_and_a_search_without_gain_says_so(tmp_path):
     tune = Tune(tmp_path, {"batch": BATCH | {"values": [64]}}, global_batch_size=1024)
-    few = ("--launches", "1", "--steps", "120", "--repeats", "1", "--quality-seeds", "0", "--hopeless", "0.9")
+    few = ("--launches", "1", "--steps", "120", "--repeats", "2", "--quality-seeds", "0", "--hopeless", "0.9")
     code, output, errors = tune.call("run", *few)
     record = tune.records()["trial_0001"]
     assert record["outcome"] == "ok" and record["reason"].startswith(f"stopped after {record['num_steps']} steps")

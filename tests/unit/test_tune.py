@@ -1,5 +1,6 @@
 """tools.tune without launches: what is decided of measured figures, and what is refused before anything starts."""
 
+import gzip
 import json
 import math
 
@@ -13,15 +14,16 @@ from dlrm_scale.tuning.featurise import Featuriser
 from dlrm_scale.tuning.model_search import PredictorSearcher
 from dlrm_scale.tuning.plans import Plans
 from dlrm_scale.tuning.records import append_record
+from dlrm_scale.tuning.scores import kendall_tau
 from dlrm_scale.tuning.space import load_space
 from dlrm_scale.tuning.trial import failed_record
 from tests.support.spaces import QUICK, write_space
 from tools.tune.__main__ import main
 from tools.tune.charts import Axis
-from tools.tune.report import frontier, kendall_tau
+from tools.tune.report import frontier
 from tools.tune.run import Search
 from tools.tune.session import Session
-from tools.tune.verify import Quality, Speed, ne_of
+from tools.tune.verify import MOST_UNCERTAIN, Quality, Speed, ne_of, throughput
 
 KNOBS = {"batch": {"kind": "categorical", "key": "train.global_batch_size", "values": [64, 128]}}
 
@@ -33,9 +35,35 @@ def space_file(tmp_path):
 
 # ------------------------------------------------------------ speed and quality
 def test_the_gain_is_the_median_of_pairs_not_of_all_runs():
-    speed = Speed(base=[100.0, 200.0, 50.0], candidate=[130.0, 220.0, 60.0])  # the machine's speed changed in between
+    speed = Speed(base=[100.0, 200.0, 50.0], candidate=[130.0, 236.0, 60.0])  # the machine's speed changed in between
     assert speed.gain == pytest.approx(1.2) and speed.is_certain
-    assert not Speed(base=[100.0, 200.0], candidate=[150.0, 199.0]).is_certain
+
+
+@pytest.mark.parametrize(
+    "gains",
+    [
+        [1.5, 0.995, 1.5],  # slower once
+        [1.01, 1.09, 1.02],  # faster each time, by as much as the repeats differ
+    ],
+)
+def test_a_gain_that_noise_explains_is_not_certain(gains):
+    assert not Speed([100.0] * len(gains), [100.0 * gain for gain in gains]).is_certain
+
+
+def test_candidates_equal_to_the_base_seldom_pass():
+    """Eight candidates that are the base itself, under 3 % of noise, at most MOST_UNCERTAIN of them tried."""
+    rng, passed = np.random.default_rng(0), 0
+    for _ in range(500):
+        tries = [Speed(*(100 * np.exp(0.03 * rng.standard_normal((2, 3)))).tolist()) for _ in range(MOST_UNCERTAIN)]
+        passed += any(speed.is_certain for speed in tries)
+    assert passed / 500 < 0.2
+
+
+def test_the_verdict_compares_what_came_through_not_the_median_step():
+    """One step in ten waits for data: the median does not show it."""
+    record = {"outcome": "ok", "config": {"train": {"global_batch_size": 100}}, "step_ms": {"p50": 10.0}}
+    assert throughput({**record, "samples_per_second": 7000.0}) == 7000.0
+    assert throughput({"outcome": "failed"}) == 0.0
 
 
 @pytest.mark.parametrize(
@@ -106,6 +134,24 @@ def test_history_stays_what_it_was_when_the_search_began(space_file, tmp_path):
     assert kept.read_text().splitlines()[:2] == ['{"cut', '{"whole": 1}']
     (tmp_path / "b.jsonl").write_text("")
     assert session.keep_history([]) == [kept] and "whole" in kept.read_text()
+    with pytest.raises(ConfigError, match="began with other records"):
+        session.keep_history([str(tmp_path / "b.jsonl")])
+    session.lock.close()
+
+
+def test_compressed_records_are_kept_as_lines(space_file, tmp_path):
+    session = Session(tmp_path / "f", load_space(space_file), Console(quiet=True))
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"whole": 1}\n'))
+    assert session.keep_history([str(tmp_path / "a.jsonl.gz")])[0].read_text().splitlines()[0] == '{"whole": 1}'
+    session.lock.close()
+
+
+def test_a_folder_keeps_to_what_it_was_begun_with(space_file, tmp_path):
+    session = Session(tmp_path / "f", load_space(space_file), Console(quiet=True))
+    session.require_same(**{"--steps": 60, "torch": "2.13"})
+    session.require_same(**{"--steps": 60, "torch": "2.13", "hardware": "a"})
+    with pytest.raises(ConfigError, match="begun with --steps 60, but now --steps is 200"):
+        session.require_same(**{"--steps": 200, "torch": "2.13"})
     session.lock.close()
 
 
@@ -120,7 +166,9 @@ def test_a_search_goes_on_from_results_that_it_was_not_told_and_trials_that_have
     first = search(space_file, tmp_path / "f", launches=2)
     done, lost = first._next(), first._next()
     assert first._next() is None
-    append_record(tmp_path / "f" / "records.jsonl", failed_record(done, "error: killed before it was told", False))
+    append_record(
+        tmp_path / "f" / "records.jsonl", failed_record(done, "error: killed before it was told", False, True)
+    )
     first.session.lock.close()
     again = search(space_file, tmp_path / "f", launches=2)
     assert [(point, result.reason) for point, result in again.searcher.told] == [
@@ -154,7 +202,7 @@ def test_suggest_works_without_a_record_and_says_how_sure_it_is(space_file, caps
 @pytest.mark.parametrize(
     ("command", "arguments", "code", "says"),
     [
-        ("run", ["--launches", "0"], 2, "--launches and --repeats must be 1 or more"),
+        ("run", ["--launches", "0"], 2, "--launches must be 1 or more"),
         ("run", ["--quality-seeds", "1"], 2, "one seed shows no noise"),
         ("run", ["--steps", "7"], 2, "--steps must be 8 or more: warm-up and logs are parts of it, but is 7"),
         ("run", ["--hopeless", "1"], 2, "--hopeless must be"),

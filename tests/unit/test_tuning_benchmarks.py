@@ -11,12 +11,12 @@ from rich.console import Console
 from dlrm_scale.errors import ConfigError
 from dlrm_scale.tuning.featurise import Featuriser
 from dlrm_scale.tuning.predictor import Prediction
+from dlrm_scale.tuning.scores import scores
 from dlrm_scale.tuning.searcher import RandomSearcher
 from tests.support.tuning import PLANS, random_table, tiny_space, true_step_ms
 from tools.benchmark import predictor as predictor_benchmark
 from tools.benchmark import search as search_benchmark
 from tools.benchmark.__main__ import main
-from tools.benchmark.predictor_scores import scores
 from tools.benchmark.search import Replay, _launches_until, search
 
 
@@ -63,7 +63,13 @@ def replay() -> Replay:
     featuriser = Featuriser(tiny_space(), PLANS)
     points = list(featuriser.space.enumerate())
     step_ms = {p: np.nan if p["batch"] == 512 else 1.0 + p["batch"] / p["ranks"] for p in points}
-    return Replay("hand made", featuriser, step_ms, {p: ms / p["batch"] for p, ms in step_ms.items()}, noise=0.0)
+    return Replay(
+        "hand made",
+        featuriser,
+        step_ms,
+        {p: ms / p["batch"] for p, ms in step_ms.items()},
+        {p: [ms] for p, ms in step_ms.items()},
+    )
 
 
 def test_regret_falls_to_nothing_when_all_was_launched(replay):

@@ -40,12 +40,16 @@ def test_points_survive_json_and_hash_alike(space):
         assert again == point and hash(again) == hash(point) and {point: 1}[again] == 1
 
 
-def test_overrides_say_to_the_configuration_what_the_point_says(space):
+def test_overrides_say_to_the_configuration_what_the_point_says(space, monkeypatch):
     point = space.point({"ranks": 2, "batch": 128, "pipeline": "none", "user": "row_wise"})
     config = space.config(point)
     assert (config.train.global_batch_size, config.train.pipeline) == (128, "none")
     assert config.sharding.tables["user"].types == ("row_wise",)
-    assert space.launch(point) == Launch(num_ranks=2, threads_per_rank=1)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(16)))
+    assert space.launch(point) == Launch(num_ranks=2, threads_per_rank=8) and not space.tunes_threads(point)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert space.launch(point).threads_per_rank == 3  # launchers/torchrun.sh keeps to it, too
     assert sorted(space.overrides(point)) == [
         "sharding.tables.user.types=[row_wise]", "train.global_batch_size=128", "train.pipeline=none"
     ]  # fmt: skip

@@ -65,12 +65,17 @@ def test_a_trial_is_started_with_its_points_configuration_and_plan(trial, tmp_pa
     assert json.loads((folder / "plan.json").read_text())["fingerprint"] == trial.plan.fingerprint
     assert config.sharding.plan == str(folder / "plan.json")
     assert all(str(place).startswith(str(folder)) for place in (config.output.dir, config.output.records))
-    assert json.loads((folder / "overrides.json").read_text())["launch"] == {"num_ranks": 2, "threads_per_rank": 1}
+    assert json.loads((folder / "overrides.json").read_text())["launch"] == {"num_ranks": 2, "threads_per_rank": None}
 
 
 def test_the_base_configuration_is_overridden_in_nothing(space):
     file = overrides_file(space, None, base_job(space).launch, None)
     assert file.overrides == {} and file.launch.num_ranks == 2
+
+
+def test_what_was_checked_for_quality_is_what_the_overrides_train(space):
+    file = overrides_file(space, None, base_job(space).launch, None, ["train.max_steps=1250"])
+    assert file.overrides == {"train.max_steps": 1250}
 
 
 @pytest.mark.parametrize("steps", [8, 60, 1000])
@@ -121,7 +126,7 @@ def test_progress_leaves_out_the_warm_up_and_a_line_that_is_being_written(trial,
 
 def test_a_stopped_trial_is_a_measured_one(trial, tmp_path):
     append_record(
-        tmp_path / "r.jsonl", stopped_record(trial, Progress(20, (100.0, 400.0, 200.0)), "stopped after 20 steps")
+        tmp_path / "r.jsonl", stopped_record(trial, Progress(20, (100.0, 400.0, 200.0)), "stopped after 20 steps", True)
     )
     (record,) = read_records([tmp_path / "r.jsonl"]).records
     assert (record.outcome, record.step_ms, record.num_steps, record.reason) == (
@@ -137,6 +142,9 @@ def test_a_stopped_trial_is_a_measured_one(trial, tmp_path):
     ("reason", "killed_by_kernel", "outcome"),
     [
         ("error: loss is nan", False, "failed"),
+        ("error: a.parquet does not fit the features section; mend either of them", False, "failed"),
+        ("error: no sharding plan fits for 3 tables on 2 cpu ranks: ...", False, "does not fit"),
+        ("error: no sharding plan was found that fits for 3 tables", False, "does not fit"),
         ("The job failed: rank 1 ended with signal 9 (SIGKILL)", False, "failed"),  # somebody may have killed it
         ("The job failed: rank 1 ended with signal 9 (SIGKILL)", True, "does not fit"),
         ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB", False, "does not fit"),
@@ -148,7 +156,7 @@ def test_a_stopped_trial_is_a_measured_one(trial, tmp_path):
     ],
 )
 def test_a_failed_trial_is_a_result_with_its_reason(trial, tmp_path, reason, killed_by_kernel, outcome):
-    append_record(tmp_path / "r.jsonl", failed_record(trial, reason, killed_by_kernel))
+    append_record(tmp_path / "r.jsonl", failed_record(trial, reason, killed_by_kernel, True))
     history = read_records([tmp_path / "r.jsonl"])
     (record,) = history.records
     assert (record.outcome, record.reason) == (outcome, reason) and math.isnan(record.step_ms) and record.hardware

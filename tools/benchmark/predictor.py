@@ -15,8 +15,8 @@ from dlrm_scale.errors import ConfigError
 from dlrm_scale.tuning.features import FeatureTable
 from dlrm_scale.tuning.plans import Plans
 from dlrm_scale.tuning.predictor import AnalyticPredictor, Measured, NeuralPredictor, Predictor
+from dlrm_scale.tuning.scores import SCORES, scores
 from tools.benchmark.predictor_peers import BoostingPredictor, RidgePredictor
-from tools.benchmark.predictor_scores import SCORES, scores
 from tools.benchmark.tuning_workloads import MeasuredRuns, measured_runs, simulated_workload
 
 PREDICTORS: dict[str, Callable[[int], Predictor]] = {
@@ -92,11 +92,12 @@ def _judge(
         kept = np.setdiff1d(np.arange(len(test.table)), [i for w, i in picked if w == held])
         if not test.fits_N[kept].any():
             continue
+        known = _joined(data, picked, rng) if picked else None
         for name in names:
             predictor = PREDICTORS[name](seed)
             started = time.process_time()
-            if picked:
-                predictor.fit(*_joined(data, picked, rng))
+            if known:
+                predictor.fit(*known)
             seconds = time.process_time() - started
             table = test.table.take(kept)
             found = scores(predictor.predict(table), table, test.step_ms_N[kept], test.fits_N[kept])

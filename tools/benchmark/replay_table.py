@@ -17,7 +17,7 @@ from dlrm_scale.cluster import load_cluster
 from dlrm_scale.config import RunConfig
 from dlrm_scale.config_io import apply_override, parse_config
 from dlrm_scale.errors import ConfigError
-from dlrm_scale.record_format import origin
+from dlrm_scale.record_format import hardware_facts, origin, software_versions
 from dlrm_scale.sharding.plan import Plan
 from dlrm_scale.tuning.featurise import Featuriser
 from dlrm_scale.tuning.knobs import Point
@@ -29,6 +29,7 @@ from dlrm_scale.tuning.trial import short
 from tools.benchmark.cluster import positive
 from tools.benchmark.ranks import run_on_ranks
 from tools.benchmark.replay_ranks import train_points
+from tools.benchmark.search import LEAST_MEASURED
 from tools.benchmark.tuning_workloads import random_space
 
 PIPELINE_DEPTH = 2  # batches that TrainPipelineSparseDist has under way
@@ -88,7 +89,8 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Raises ConfigError; else as `run_on_ranks`."""
     spaces = spaces_of(args)
     named = [space.fingerprint for space in spaces]
-    made_for = {"spaces": named, "points": args.points, "steps": args.steps, "seed": args.seed}
+    made_for = {"spaces": named, "points": args.points, "steps": args.steps, "seed": args.seed, **software_versions()}
+    made_for["hardware"] = hardware_facts()["fingerprint"]
     part = Part(Path(f"{args.out}.part"), made_for)
     with console.status("planning") as status:
         rows = [row for space in spaces for row in draw(space, args.points, args.seed)]
@@ -113,7 +115,8 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     ]
     _write(Path(args.out), records)
     part.path.unlink()
-    return {"space": args.space, **summary(args.out, records)}
+    found = summary(args.out, records)
+    return {"space": args.space, "part_of_space": len(rows) / sum(s.size for s in spaces), **found}
 
 
 def spaces_of(args: argparse.Namespace) -> list[Space]:
@@ -209,5 +212,8 @@ def show(result: dict[str, Any], console: Console) -> None:
         f"{result['table']}: {result['points']} points, {speed['least']:,.0f} to {speed['most']:,.0f} samples/s (median {speed['median']:,.0f}); {noise}",
         highlight=False,
     )
-    of_space = f"search --space {result['space']}" if result["space"] else "predictor"
-    console.print(f"next: python -m tools.benchmark {of_space} --records {result['table']}", highlight=False)
+    if result["space"] and result["part_of_space"] >= LEAST_MEASURED:
+        judge = f"search --space {result['space']}"
+    else:  # too little of the space for searchers
+        judge = "predictor --by-row" if result["space"] else "predictor"
+    console.print(f"next: python -m tools.benchmark {judge} --records {result['table']}", highlight=False)

@@ -16,12 +16,11 @@ from dlrm_scale.tuning.featurise import Featuriser
 from dlrm_scale.tuning.knobs import Point
 from dlrm_scale.tuning.model_search import PredictorSearcher
 from dlrm_scale.tuning.plans import Plans
-from dlrm_scale.tuning.records import read_records
 from dlrm_scale.tuning.searcher import RandomSearcher, Result, Searcher
 from dlrm_scale.tuning.simulator import NOISE
 from dlrm_scale.tuning.space import load_space
 from tools.benchmark.search_peers import AnalyticSearcher, TPESearcher
-from tools.benchmark.tuning_workloads import random_space, simulate_points, tight_memory
+from tools.benchmark.tuning_workloads import of_one_kind, random_space, simulate_points, tight_memory
 
 SEARCHERS: dict[str, Callable[[Featuriser, int, int], Searcher]] = {
     "random": lambda f, seed, budget: RandomSearcher(f, seed),
@@ -44,11 +43,17 @@ class Replay:
     featuriser: Featuriser
     step_ms: dict[Point, float]
     cost: dict[Point, float]  # milliseconds a sample
-    noise: float
+    repeats_ms: dict[Point, list[float]]  # empty: simulated
 
     @property
     def best(self) -> float:
         return float(np.nanmin(list(self.cost.values())))
+
+    def launch(self, point: Point, rng: np.random.Generator) -> float:
+        """What one launch measures: a repeat, or the truth with the simulator's noise."""
+        if point in self.repeats_ms:
+            return float(rng.choice(self.repeats_ms[point]))
+        return self.step_ms[point] * float(np.exp(NOISE * rng.standard_normal()))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -112,12 +117,10 @@ def search(searcher: Searcher, replay: Replay, launches: int, parallel: int, see
         if not points:
             break
         for point in points:
-            step_ms = replay.step_ms[point]
-            if np.isnan(step_ms):
+            if np.isnan(replay.step_ms[point]):
                 searcher.tell(point, Result("does not fit", reason="out of memory"))
             else:
-                seen = step_ms * float(np.exp(replay.noise * rng.standard_normal()))
-                searcher.tell(point, Result("ok", seen))
+                searcher.tell(point, Result("ok", replay.launch(point, rng)))
                 best = min(best, replay.cost[point])
             regret.append(best / replay.best - 1)
     return regret + regret[-1:] * (launches - len(regret))
@@ -130,17 +133,16 @@ def _simulated(seed: int, cluster: str, plans: Plans, tell: Callable[[str], Any]
     points, runs = simulate_points(f"workload_{seed}", featuriser, list(space.enumerate()))
     cost = runs.step_ms_N / runs.table.global_batch_N
     step_ms = dict(zip(points, runs.step_ms_N.tolist(), strict=True))
-    return Replay(runs.name, featuriser, step_ms, dict(zip(points, cost.tolist(), strict=True)), NOISE)
+    return Replay(runs.name, featuriser, step_ms, dict(zip(points, cost.tolist(), strict=True)), {})
 
 
 def _measured(args: argparse.Namespace, plans: Plans) -> Replay:
-    """The median of a point's runs is taken for the truth, without noise on top; a point that ever did not fit does not."""
-    space, history = load_space(args.space), read_records(args.records)
-    history.require()
+    """The median of a point's repeats is taken for the truth; a launch sees one of them. A point that ever did not fit does not."""
+    space, history = load_space(args.space), of_one_kind(args.records)
     times: dict[Point, list[float]] = {}
     for record in history.records:
         if record.trial is not None and record.trial.space == space.fingerprint and record.outcome != "failed":
-            times.setdefault(space.point(record.trial.point), []).append(record.step_ms)
+            times.setdefault(space.point(record.trial.point), []).extend(record.repeats_ms or (record.step_ms,))
     featuriser = Featuriser(space, plans)
     possible = [p for p in space.enumerate() if p in times or not featuriser([p]).reasons]
     if len(times) < LEAST_MEASURED * len(possible):
@@ -152,7 +154,7 @@ def _measured(args: argparse.Namespace, plans: Plans) -> Replay:
     step_ms = {point: float(np.median(ms)) for point, ms in times.items()}
     batch_N = featuriser(list(step_ms)).table.global_batch_N
     cost = {point: ms / float(batch) for (point, ms), batch in zip(step_ms.items(), batch_N, strict=True)}
-    return Replay(args.space, featuriser, step_ms, cost, noise=0.0)
+    return Replay(args.space, featuriser, step_ms, cost, {p: ms for p, ms in times.items() if not np.isnan(ms).any()})
 
 
 def _about(replay: Replay) -> dict[str, Any]:

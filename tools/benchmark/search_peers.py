@@ -75,9 +75,19 @@ class TPESearcher(TellingSearcher):
     def tell(self, point: Point, result: Result) -> None:
         super().tell(point, result)
         trial = self.trials.pop(point, None)
-        if trial is not None:
-            cost = 1e9 if result.step_ms is None else float(np.log(result.step_ms / self._batch(point)))
-            self._finish(trial, cost, broken=result.step_ms is None)
+        if trial is None:  # a point that it did not draw itself: told as if it had
+            self.study.enqueue_trial(self._parameters(point))
+            trial = self.study.ask()
+            self._suggested(trial)
+        cost = 1e9 if result.step_ms is None else float(np.log(result.step_ms / self._batch(point)))
+        self._finish(trial, cost, broken=result.step_ms is None)
+
+    def _parameters(self, point: Point) -> dict[str, Any]:
+        choices = self.space.choices
+        return {name: choices[name].index(value) if self._is_ordered(name) else value for name, value in point.items()}
+
+    def _is_ordered(self, name: str) -> bool:
+        return self.space.knobs[name].kind in ("integer", "log_float")
 
     def _finish(self, trial: Any, cost: float, broken: bool) -> None:
         trial.set_constraint("fits", 1.0 if broken else -1.0)  # broken above 0
@@ -92,7 +102,7 @@ class TPESearcher(TellingSearcher):
         for name, choices in self.space.choices.items():
             if not self.space.is_active(name, kept):
                 continue
-            if self.space.knobs[name].kind in ("integer", "log_float"):
+            if self._is_ordered(name):
                 kept[name] = choices[trial.suggest_int(name, 0, len(choices) - 1)]
             else:
                 kept[name] = trial.suggest_categorical(name, list(choices))

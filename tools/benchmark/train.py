@@ -21,6 +21,7 @@ from dlrm_scale.config import RunConfig, check_num_ranks
 from dlrm_scale.config_io import apply_override, parse_config, read_tree
 from dlrm_scale.errors import ConfigError
 from dlrm_scale.training.clock import STAGES
+from dlrm_scale.tuning.knobs import RANKS_KEY, THREADS_KEY
 from dlrm_scale.tuning.trial import short
 from tools.benchmark.cluster import positive
 from tools.benchmark.ranks import run_on_ranks
@@ -29,7 +30,6 @@ from tools.benchmark.stock_loop import check, measure_stock
 from tools.benchmark.train_ranks import SKIPS, RankRun, measure_training, trace_training
 
 BASE, STOCK = "base", "stock TorchRec"
-RANKS, THREADS = "launch.num_ranks", "launch.threads_per_rank"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=positive, default=1, metavar="N", help="of each rank (default 1)")
     parser.add_argument(
         "--variant", nargs="+", action="append", default=[], metavar=("NAME", "KEY=VALUE"),
-        help=f"beside the base, also with other {RANKS} or {THREADS}; can be given several times",
+        help=f"beside the base, also with other {RANKS_KEY} or {THREADS_KEY}; can be given several times",
     )  # fmt: skip
     parser.add_argument("--stock", action="store_true", help="beside TorchRec's own DLRM in a plain loop, fp32")
     parser.add_argument("--commit", metavar="REV", help="beside the base on another commit of this repository")
@@ -120,7 +120,7 @@ def variants_of(args: argparse.Namespace) -> list[Variant]:
 
 
 def variant(args: argparse.Namespace, name: str, changes: Sequence[str], **parts: Any) -> Variant:
-    launch = {RANKS: args.nproc, THREADS: args.threads}
+    launch = {RANKS_KEY: args.nproc, THREADS_KEY: args.threads}
     tree = read_tree(args.config, RunConfig, "configuration")
     for change in (*args.changes, *short(args.steps), *changes):
         key, _, value = change.partition("=")
@@ -131,8 +131,8 @@ def variant(args: argparse.Namespace, name: str, changes: Sequence[str], **parts
         else:
             apply_override(tree, change)
     config = parse_config(tree, f"{args.config}, {name}")
-    check_num_ranks(config, launch[RANKS])
-    return Variant(name, config, launch[RANKS], launch[THREADS], **{"measure": _measure, **parts})
+    check_num_ranks(config, launch[RANKS_KEY])
+    return Variant(name, config, launch[RANKS_KEY], launch[THREADS_KEY], **{"measure": _measure, **parts})
 
 
 def _measure(variant: Variant, tell: Callable[[str], Any]) -> dict[str, Any]:

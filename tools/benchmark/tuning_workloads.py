@@ -13,7 +13,7 @@ from dlrm_scale.tuning.features import FeatureTable
 from dlrm_scale.tuning.featurise import Featuriser, record_features, workload_of
 from dlrm_scale.tuning.knobs import Point
 from dlrm_scale.tuning.plans import Plans
-from dlrm_scale.tuning.records import Record, read_records
+from dlrm_scale.tuning.records import History, Record, read_records
 from dlrm_scale.tuning.simulator import NOISE, simulate
 from dlrm_scale.tuning.space import Space, SpaceFile
 
@@ -129,10 +129,25 @@ def simulate_points(name: str, featuriser: Featuriser, points: Sequence[Point]) 
     return [points[i] for i in kept], MeasuredRuns(name, table, np.array(step_ms), np.array(fits), NOISE)
 
 
-def measured_runs(paths: Sequence[str], plans: Plans) -> list[MeasuredRuns]:
-    """Records of files, by workload; those of failed runs are left out. Raises ConfigError: none was measured."""
+def of_one_kind(paths: Sequence[str]) -> History:
+    """Raises ConfigError: none was measured, a line cannot be used, or they are of several kinds of machine or versions."""
     history = read_records(paths)
     history.require()
+    if history.problems:
+        raise ConfigError(f"{len(history.problems)} records cannot be used: {history.problems[0]}; take them out")
+    first = history.records[0]
+    split = history.split(first.hardware or "", first.versions)
+    if split.prior:
+        raise ConfigError(
+            f"{len(split.prior)} of {len(history.records)} records are not of the machine and software of the first, so their times do not "
+            f"compare: {next(iter(split.why))}; give files of one kind"
+        )
+    return history
+
+
+def measured_runs(paths: Sequence[str], plans: Plans) -> list[MeasuredRuns]:
+    """Records of files, by workload; those of failed runs are left out. Raises ConfigError: see `of_one_kind`."""
+    history = of_one_kind(paths)
     by_workload: dict[str, list[Record]] = {}
     for record in history.records:
         if record.outcome != "failed":

@@ -12,7 +12,7 @@ from dlrm_scale.tuning.knobs import Point
 from dlrm_scale.tuning.plans import Plans
 from dlrm_scale.tuning.searcher import RandomSearcher, TellingSearcher
 from dlrm_scale.tuning.space import load_space
-from tools.tune.common import add_folder, add_launching, add_space, check_launching, make_launcher
+from tools.tune.common import add_folder, add_launching, add_space, begun_with, check_launching, make_launcher
 from tools.tune.run import Search
 from tools.tune.session import RECORDS, Session
 
@@ -43,6 +43,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     space.require_feasible(plans, args.seed)
     chooser = {"random": RandomSearcher, "planner": PlannerChosen}[args.choose]
     session = Session(args.folder, space, console)
+    session.require_same(**begun_with(args))
     search = Search(
         session, chooser(Featuriser(space, plans), args.seed), plans, args.points, args.steps, with_base=False
     )

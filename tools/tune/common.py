@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -14,7 +15,7 @@ from dlrm_scale.record_format import hardware_facts, software_versions
 from dlrm_scale.tuning.knobs import Point
 from dlrm_scale.tuning.launcher import Launcher, Limits
 from dlrm_scale.tuning.plans import Plans
-from dlrm_scale.tuning.records import History, Record
+from dlrm_scale.tuning.records import History, Problem, Record
 from dlrm_scale.tuning.space import Job, Space, resized
 from dlrm_scale.tuning.trial import Trial, short
 
@@ -78,6 +79,14 @@ def check_launching(args: argparse.Namespace) -> None:
         raise ConfigError(f"--job-arg reads name=value, but is {wrong[0]!r}")
 
 
+def begun_with(args: argparse.Namespace) -> dict[str, Any]:
+    """What must stay as it is for the measurements of a folder to compare."""
+    facts: dict[str, Any] = {"--steps": args.steps, **software_versions()}
+    if args.scheduler.startswith("local"):
+        facts["hardware"] = hardware_facts()["fingerprint"]
+    return facts
+
+
 def make_launcher(args: argparse.Namespace, folder: Path) -> Launcher:
     limits = Limits(args.time_limit, args.hopeless, args.parallel)
     return Launcher(folder, limits, args.scheduler, args.scheduler_args, args.job_arg)
@@ -111,11 +120,22 @@ class Learnable:
 def learnable(history: History) -> Learnable:
     """What was measured on this machine with this software; a failed run says nothing of time or memory."""
     split = history.split(hardware_facts()["fingerprint"], software_versions())
-    said = [f"{len(history.problems)} lines cannot be used: {history.problems[0]}"] if history.problems else []
+    said = unusable(history)
     if split.prior:
         reasons = "; ".join(f"{count} x {why}" for why, count in Counter(dict(split.why)).most_common(3))
         said.append(f"{len(split.prior)} records are of other hardware or versions, and kept apart: {reasons}")
     return Learnable(of_use(split.usable), of_use(split.prior), tuple(said))
+
+
+def unusable(history: History) -> list[str]:
+    """Each kind of problem once, with where it was met first."""
+    first: dict[str, list[Problem]] = {}
+    for problem in history.problems:
+        first.setdefault(problem.reason, []).append(problem)
+    return [
+        f"{found[0]}" + (f" (and {len(found) - 1} more lines)" if len(found) > 1 else "") + "; not used"
+        for found in first.values()
+    ]
 
 
 def of_use(records: Sequence[Record]) -> tuple[Record, ...]:

@@ -2,6 +2,8 @@
 
 import argparse
 import math
+import statistics
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,9 +16,11 @@ from dlrm_scale.tuning.model_search import KnownRuns, known_runs
 from dlrm_scale.tuning.plans import Plans
 from dlrm_scale.tuning.predictor import AnalyticPredictor, Measured, NeuralPredictor, Prediction
 from dlrm_scale.tuning.records import Record, read_records
+from dlrm_scale.tuning.scores import SCORES, scores
 from tools.tune.common import add_records, learnable, tell
 
 LEAST = 10
+LEAST_OF_WORKLOAD = 3  # measured runs of a workload, for their order to be judged
 NUM_FOLDS = 5
 
 
@@ -53,12 +57,17 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     if sum(r.outcome == "ok" for r, fold in zip(records, folds, strict=True) if fold >= 0) < LEAST:
         raise ConfigError(f"{num_held} runs are held out, but {LEAST} measured ones are needed; collect more")
     known = known_runs(records, Plans())
-    return {
+    workloads = known.measured.group_N
+    result = {
         "held_out": num_held,
+        "workloads": len(np.unique(workloads)),
         "learned_from": int((folds < 0).sum()) if args.held_out else "the other four fifths",
         "ours": _scored(cross_predict(known, folds, args.seed), known, folds >= 0),
         "analytic": _scored(AnalyticPredictor().predict(known.table), known, folds >= 0),
     }
+    if result["workloads"] > 1 and not args.held_out:
+        result["ours, from other workloads"] = _scored(cross_predict(known, workloads, args.seed), known, folds >= 0)
+    return result
 
 
 def same_job(record: Record) -> tuple[str, str]:
@@ -71,12 +80,16 @@ def same_job(record: Record) -> tuple[str, str]:
     return str(parts), str(record.job.launch)
 
 
-def folds_of(records: tuple[Record, ...], seed: int) -> np.ndarray:
+def jobs_of(records: Sequence[Record]) -> np.ndarray:
+    """(N,) a number for each job."""
+    numbers: dict[tuple[str, str], int] = {}
+    return np.array([numbers.setdefault(same_job(record), len(numbers)) for record in records])
+
+
+def folds_of(records: Sequence[Record], seed: int) -> np.ndarray:
     """(N,) fold of each record; runs of the same job share one."""
-    jobs = list(dict.fromkeys(same_job(record) for record in records))
-    order = np.random.default_rng(seed).permutation(len(jobs)) % NUM_FOLDS
-    fold_of = dict(zip(jobs, order.tolist(), strict=True))
-    return np.array([fold_of[same_job(record)] for record in records])
+    jobs_N = jobs_of(records)
+    return (np.random.default_rng(seed).permutation(jobs_N.max() + 1) % NUM_FOLDS)[jobs_N]
 
 
 def cross_predict(known: KnownRuns, folds_N: np.ndarray, seed: int) -> Prediction:
@@ -96,25 +109,30 @@ def cross_predict(known: KnownRuns, folds_N: np.ndarray, seed: int) -> Predictio
 
 
 def _scored(prediction: Prediction, known: KnownRuns, held_N: np.ndarray) -> dict[str, float | None]:
-    try:
-        from tools.benchmark.predictor_scores import scores
-    except ModuleNotFoundError as e:
-        raise ConfigError(
-            f"evaluate needs {e.name}, which comes with the development tools: pip install -e '.[dev]'"
-        ) from None
-    rows = np.flatnonzero(held_N & known.table.feasible_N)
-    taken = Prediction(*(getattr(prediction, f)[..., rows] for f in ("log_ms_MN", "log_ms_N", "spread_N", "fits_N")))
-    measured = known.measured
-    found = scores(taken, known.table.take(rows), measured.step_ms_N[rows], measured.fits_N[rows])
-    return {name: None if math.isnan(value) else value for name, value in found.items()}
+    """Means over the workloads: of two models, one of which costs ten times as much, any predictor orders the runs well."""
+    measured, found = known.measured, []
+    for group in np.unique(measured.group_N[held_N]).tolist():
+        rows = np.flatnonzero(held_N & known.table.feasible_N & (measured.group_N == group))
+        if measured.fits_N[rows].sum() >= LEAST_OF_WORKLOAD:
+            taken = Prediction(
+                *(getattr(prediction, f)[..., rows] for f in ("log_ms_MN", "log_ms_N", "spread_N", "fits_N"))
+            )
+            found.append(scores(taken, known.table.take(rows), measured.step_ms_N[rows], measured.fits_N[rows]))
+    values = {name: [f[name] for f in found if not math.isnan(f[name])] for name in SCORES}
+    return {name: statistics.fmean(of_workloads) if of_workloads else None for name, of_workloads in values.items()}
 
 
 def show(result: dict[str, Any], console: Console) -> None:
-    grid = Table(title=f"{result['held_out']} runs, learned from {result['learned_from']}", title_justify="left")
-    for column in ("", "ours", "analytic model alone"):
-        grid.add_column(column, justify="left" if not column else "right")
-    for name, value in result["ours"].items():
-        other = result["analytic"][name]
-        grid.add_row(name, *("-" if v is None else f"{v:.3f}" for v in (value, other)))
+    grid = Table(
+        title=f"{result['held_out']} runs of {result['workloads']} workloads, learned from {result['learned_from']}",
+        title_justify="left",
+    )
+    columns = [name for name in ("ours", "ours, from other workloads", "analytic") if name in result]
+    grid.add_column("")
+    for column in columns:
+        grid.add_column(column, justify="right")
+    for name in SCORES:
+        values = [result[column][name] for column in columns]
+        grid.add_row(name, *("-" if value is None else f"{value:.3f}" for value in values))
     console.print(grid)
     console.print("next: more records where tau or mape fall short: python -m tools.tune collect --help")

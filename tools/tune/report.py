@@ -18,12 +18,13 @@ from dlrm_scale.tuning.model_search import KnownRuns, known_runs
 from dlrm_scale.tuning.plans import Plans
 from dlrm_scale.tuning.predictor import Measured, NeuralPredictor
 from dlrm_scale.tuning.records import read_records
+from dlrm_scale.tuning.scores import kendall_tau
 from dlrm_scale.tuning.space import Space, load_space
 from dlrm_scale.tuning.trial import samples_per_second
 from tools.plan_sharding.html import STYLE
 from tools.tune.charts import Axis, Dot, bars, chart
 from tools.tune.common import add_space, of_use
-from tools.tune.evaluate import cross_predict, folds_of
+from tools.tune.evaluate import cross_predict, folds_of, jobs_of
 from tools.tune.session import RECORDS, read_lines
 
 LEAST = 5  # measured runs, for anything to be drawn
@@ -48,7 +49,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         history.require(LEAST)
     known = known_runs(records, plans, space.base)
     importance = knob_importance(space, plans, [r for r in read_lines(folder / RECORDS) if r.get("trial")], known)
-    curve = learning_curve(known)
+    curve = learning_curve(known, jobs_of(records))
     parts = [
         f"<h1>Tuning {escape(space.file.base)} on {escape(space.file.cluster)}</h1>",
         f"<p>{len(history.records)} runs: {len(measured)} measured, {len(history.records) - len(records)} failed, the others do not fit. "
@@ -56,7 +57,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         _verdict(folder),
         "<h2>Predicted against measured</h2><p>Each run by a predictor that never saw it or a repeat of it; orange: the analytic model alone.</p>",
         _predicted(known, folds_of(records, 0)),
-        "<h2>Learning curve</h2><p>Kendall's tau (blue) and the mean absolute error as a part (orange) on the runs not learned from.</p>",
+        "<h2>Learning curve</h2><p>Kendall's tau (blue) and the mean absolute error as a part (orange) on runs of jobs that were not learned from.</p>",
         _curve(curve),
         "<h2>Which knobs matter</h2><p>How much the prediction of log milliseconds a sample gets worse when the knob's values are swapped "
         "among the runs.</p>",
@@ -77,15 +78,17 @@ def show(result: dict[str, Any], console: Console) -> None:
 
 
 # ------------------------------------------------------------ figures
-def learning_curve(known: KnownRuns) -> list[dict[str, float]]:
-    """At each number of records: tau and error of log time on the rest, means over draws."""
-    usable = np.flatnonzero(known.measured.fits_N & known.table.feasible_N)
+def learning_curve(known: KnownRuns, jobs_N: np.ndarray) -> list[dict[str, float]]:
+    """At each number of jobs learned from: tau and error of log time on the runs of the others, means over draws."""
+    usable_N = known.measured.fits_N & known.table.feasible_N
+    jobs = np.unique(jobs_N[usable_N])
     curve = []
-    for size in (s for s in SIZES if s <= len(usable) - 3):
+    for size in (s for s in SIZES if s <= len(jobs) - 3):
         taus, errors = [], []
         for draw in range(DRAWS):
-            order = np.random.default_rng(draw).permutation(usable)
-            seen, rest = order[:size], order[size:]
+            drawn = np.random.default_rng(draw).permutation(jobs)[:size]
+            seen_N = np.isin(jobs_N, drawn)
+            seen, rest = np.flatnonzero(usable_N & seen_N), np.flatnonzero(usable_N & ~seen_N)
             predictor, m = NeuralPredictor(draw), known.measured
             predictor.fit(known.table.take(seen), Measured(m.step_ms_N[seen], m.fits_N[seen], m.group_N[seen]))
             table = known.table.take(rest)
@@ -95,14 +98,6 @@ def learning_curve(known: KnownRuns) -> list[dict[str, float]]:
             errors.append(float(np.abs(np.exp(predicted - true) - 1).mean()))
         curve.append({"records": size, "tau": float(np.mean(taus)), "mape": float(np.mean(errors))})
     return curve
-
-
-def kendall_tau(one_N: np.ndarray, other_N: np.ndarray) -> float:
-    """tau-b: of pairs, those in the same order less those in the opposite one; 0 where one side is all ties."""
-    upper = np.triu_indices(len(one_N), 1)
-    signs = [np.sign(a[:, None] - a[None, :])[upper] for a in (one_N, other_N)]
-    norm = math.sqrt(float(np.abs(signs[0]).sum() * np.abs(signs[1]).sum()))
-    return float((signs[0] * signs[1]).sum()) / norm if norm else 0.0
 
 
 def knob_importance(space: Space, plans: Plans, lines: list[dict[str, Any]], known: KnownRuns) -> dict[str, float]:
@@ -195,12 +190,15 @@ def _curve(curve: list[dict[str, float]]) -> str:
     lines = [[(c["records"], c[score]) for c in curve] for score in ("tau", "mape")]
     values = [value for line in lines for _, value in line]
     dots = [
-        Dot(c["records"], c[s], f"{c['records']} records: {s} {c[s]:.3f}", i)
+        Dot(c["records"], c[s], f"{c['records']} jobs: {s} {c[s]:.3f}", i)
         for i, s in enumerate(("tau", "mape"))
         for c in curve
     ]
     return chart(
-        Axis.around("records", sizes, log=True), Axis.around("tau, error", values), dots, [(lines[0], 0), (lines[1], 1)]
+        Axis.around("jobs learned from", sizes, log=True),
+        Axis.around("tau, error", values),
+        dots,
+        [(lines[0], 0), (lines[1], 1)],
     )
 
 

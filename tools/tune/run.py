@@ -4,6 +4,7 @@ import argparse
 from collections import deque
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from dlrm_scale.errors import ConfigError, UserError
@@ -22,6 +23,7 @@ from tools.tune.common import (
     add_records,
     add_space,
     base_trial,
+    begun_with,
     check_launching,
     learnable,
     make_launcher,
@@ -57,15 +59,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     check_launching(args)
-    if args.launches < 1 or args.repeats < 1 or args.quality_seeds < 0 or args.quality_seeds == 1:
+    if args.launches < 1 or args.repeats < 2 or args.quality_seeds < 0 or args.quality_seeds == 1:
         raise ConfigError(
-            f"--launches and --repeats must be 1 or more and --quality-seeds 0, 2 or more (one seed shows no noise), but they are "
+            f"--launches must be 1 or more, --repeats 2 or more and --quality-seeds 0, 2 or more (one shows no noise), but they are "
             f"{args.launches}, {args.repeats}, {args.quality_seeds}"
         )
+    torch.set_num_threads(1)  # of the predictor, which may be fitted beside a trial
     space, plans = load_space(args.space), Plans()
     featuriser = Featuriser(space, plans)
     space.require_feasible(plans, args.seed)
     session = Session(args.folder, space, console)
+    session.require_same(**begun_with(args))
     history = learnable(read_records(session.keep_history(args.records)))
     tell(console, history.kept_apart)
     known = known_runs(history.records, plans, space.base) if history.records else None
@@ -97,6 +101,7 @@ class Search:
         self.launches, self.steps, self.with_base = launches, steps, with_base
         self.asked: dict[str, Point] = {}  # by name of the trial
         self.queue: deque[Trial] = deque()
+        self.exhausted = False  # whether the space has no further point
         self._go_on()
 
     def _go_on(self) -> None:
@@ -118,23 +123,26 @@ class Search:
 
     def go(self, launcher: Launcher) -> None:
         """Raises UserError: the base configuration fails, or all trials do."""
-        if self.with_base and BASE not in self.session.by_name:
-            trial = base_trial(BASE, self.space, self.steps)
+        if self.with_base:
+            trial, was_there = base_trial(BASE, self.space, self.steps), BASE in self.session.by_name
             record = next(self.session.measure_named(launcher, [trial], "measuring the base configuration"))
-            self._report(BASE, record)
+            if not was_there:
+                self._report(BASE, record)
         if self.with_base and self.session.by_name[BASE]["outcome"] != "ok":
             raise UserError(
                 f"the base configuration {self.space.file.base} does not run, and what is gained is measured against it: "
-                f"{self.session.by_name[BASE]['reason']}\n  its logs are in {self.session.folder / 'trials' / BASE}; once it runs, "
-                "begin anew in another --folder"
+                f"{self.session.by_name[BASE]['reason']}\n  its logs are in {self.session.folder / 'trials' / BASE}; mend it and call again, "
+                "in another --folder if the configuration changed"
             )
         self._check_failures()
         self.session.measure(launcher, self._next, self._ended, self._best, self._line)
         self._check_failures(at_end=True)
 
     def _next(self) -> Trial | None:
-        if not self.queue and len(self.asked) < self.launches:
-            for point in self.searcher.ask(1):
+        if not self.queue and len(self.asked) < self.launches and not self.exhausted:
+            points = self.searcher.ask(1)
+            self.exhausted = not points
+            for point in points:
                 name = f"trial_{len(self.asked) + 1:04}"
                 self.asked[name] = point
                 self.queue.append(self._trial(name, point))

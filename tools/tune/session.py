@@ -20,7 +20,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from dlrm_scale.errors import ConfigError
 from dlrm_scale.tuning.launcher import POLL_SECONDS, Ended, Launcher
-from dlrm_scale.tuning.records import append_record
+from dlrm_scale.tuning.records import append_record, read_text
 from dlrm_scale.tuning.space import Space
 from dlrm_scale.tuning.trial import Trial, samples_per_second
 
@@ -45,6 +45,7 @@ class Session:
             ) from None
         self.records = read_lines(self.folder / RECORDS)
         self.by_name = {record["tuning"]["name"]: record for record in self.records if "tuning" in record}
+        self.failed_earlier = {name for name, record in self.by_name.items() if record["outcome"] != "ok"}
         self.saved = self._state()
 
     def _state(self) -> dict[str, Any]:
@@ -59,25 +60,43 @@ class Session:
             )
         return state
 
+    def require_same(self, **facts: Any) -> None:
+        """Raises ConfigError: the folder was begun with others, and what is measured from now on would not compare."""
+        before = self.saved.get("begun_with", {})
+        for name, value in facts.items():
+            if name in before and before[name] != value:
+                raise ConfigError(
+                    f"{self.folder} was begun with {name} {before[name]}, but now {name} is {value}, and figures of both would mix; go on "
+                    "as it was begun, or name another --folder"
+                )
+        self.save(begun_with={**before, **facts})
+
     def save(self, **parts: Any) -> None:
         self.saved = {**self.saved, **parts, "space": self.space.fingerprint}
-        write_whole(self.folder / STATE, json.dumps(self.saved))
+        write_whole(self.folder / STATE, json.dumps(self.saved).encode())
 
     def keep_history(self, paths: list[str]) -> list[Path]:
-        """Copies of these records, made once: what a search learned from must not change while it goes on."""
+        """Copies of these records, made once: what a search learned from must not change while it goes on.
+
+        Raises:
+            ConfigError: a file cannot be read; or the search has begun, with other records than these.
+        """
         kept = self.folder / HISTORY
+        # a last line that was cut off must not run into the next file's first
+        lines = b"".join(read_text(path) + b"\n" for path in paths)
         if not kept.exists():
-            temporary = kept.with_suffix(".part")
-            with temporary.open("wb") as out:
-                for path in paths:
-                    try:
-                        with open(path, "rb") as records:
-                            shutil.copyfileobj(records, out)
-                    except OSError as e:
-                        raise ConfigError(f"cannot read the records {path}: {e.strerror}") from None
-                    out.write(b"\n")  # a last line that was cut off must not run into the next file's first
-            temporary.replace(kept)
+            write_whole(kept, lines)
+        elif paths and kept.read_bytes() != lines:
+            raise ConfigError(
+                f"the search in {self.folder} began with other records than --records names now; it keeps a copy of them, so go on "
+                "without --records, or begin anew in another --folder"
+            )
         return [kept]
+
+    def forget(self, trials: list[Trial]) -> None:
+        """Has them launched again; their records stay in the file."""
+        for trial in trials:
+            self.by_name.pop(trial.name, None)
 
     def add(self, trial: Trial, record: dict[str, Any]) -> None:
         append_record(self.folder / RECORDS, record)
@@ -94,26 +113,30 @@ class Session:
         line: Callable[[], str],
     ) -> None:
         """Launches what `next_trial` gives, as many at once as have room, until it gives no more and all have ended."""
-        waiting = next_trial()
+        waiting: Trial | None = None
         with self.console.status("") if self.console.is_terminal else nullcontext() as status:
-            while waiting is not None or launcher.running:
-                while waiting is not None and launcher.has_room(waiting):
+            while True:
+                while launcher.may_start:  # else it is too early to choose: what runs may teach something
+                    waiting = waiting or next_trial()
+                    if waiting is None or not launcher.has_room(waiting):
+                        break
                     launcher.launch(waiting)
-                    waiting = next_trial() if len(launcher.running) < launcher.limits.parallel else None
+                    waiting = None
+                if not launcher.running:
+                    return
                 for ended in launcher.poll(best()):
                     self.add(ended.trial, ended.record)
                     on_end(ended)
-                if waiting is None and len(launcher.running) < launcher.limits.parallel:
-                    waiting = next_trial()
                 if status is not None:
                     status.update(line())
                 if launcher.running:
                     time.sleep(POLL_SECONDS)
 
     def measure_named(self, launcher: Launcher, trials: list[Trial], line: str) -> Iterator[dict[str, Any]]:
-        """Records of these trials, in their order and one at a time; those that are there already are not launched again."""
+        """Records of these trials, in their order and one at a time; those that were measured by an earlier call are not launched again."""
         for trial in trials:
-            if trial.name not in self.by_name:
+            if trial.name not in self.by_name or trial.name in self.failed_earlier:
+                self.failed_earlier.discard(trial.name)
                 left = iter([trial])
                 self.measure(
                     launcher, lambda left=left: next(left, None), lambda ended: None, lambda: 0.0, lambda: line
@@ -134,10 +157,10 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, content: bytes) -> None:
     """Under a temporary name first: the file is there whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
+    temporary.write_bytes(content)
     temporary.replace(path)
 
 

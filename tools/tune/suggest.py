@@ -1,6 +1,7 @@
 """`suggest`: the points that promise most, without a launch; for a cluster that is not here, too."""
 
 import argparse
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -10,20 +11,22 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from dlrm_scale.config import check_num_ranks
 from dlrm_scale.errors import ConfigError, NoPlanError
+from dlrm_scale.record_format import software_versions
 from dlrm_scale.tuning.features import derive, run_numbers
 from dlrm_scale.tuning.featurise import Featuriser, job_numbers
 from dlrm_scale.tuning.knobs import Point
 from dlrm_scale.tuning.model_search import known_runs
 from dlrm_scale.tuning.plans import Plans
-from dlrm_scale.tuning.predictor import NeuralPredictor, Predictor
+from dlrm_scale.tuning.predictor import NeuralPredictor, Prediction, Predictor
 from dlrm_scale.tuning.proposers import evolve
-from dlrm_scale.tuning.records import Record, read_records
+from dlrm_scale.tuning.records import History, Record, read_records
 from dlrm_scale.tuning.space import Space, load_space, resized
-from tools.tune.common import add_prior, add_records, add_space, base_job, of_use, tell
+from tools.tune.common import add_prior, add_records, add_space, base_job, of_use, tell, unusable
 
 ENUMERATED = 2000  # points: a space of so many is looked at whole
-NEARLY_CERTAIN = 0.5  # chance of fitting under which a point is not suggested
+LEAST_CHANCE = 0.5  # chance of fitting under which a point is not suggested
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,6 +45,8 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         raise ConfigError(
             "--predictor has learned from its records already, so --records would do nothing; leave one out"
         )
+    if args.predictor and args.prior:
+        raise ConfigError("--predictor has learned already, so --prior would do nothing; leave it out")
     if args.top < 1 or args.seed < 0:
         raise ConfigError(f"--top must be 1 or more and --seed 0 or more, but they are {args.top} and {args.seed}")
     space, plans = load_space(args.space), Plans()
@@ -53,7 +58,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         table = featuriser(points).table
         prediction = predictor.predict(table)
         cost_N = prediction.log_ms_N - np.log(table.global_batch_N)
-        return np.where(table.feasible_N & (prediction.fits_N >= NEARLY_CERTAIN), cost_N, np.inf)
+        return np.where(table.feasible_N & (prediction.fits_N >= LEAST_CHANCE), cost_N, np.inf)
 
     with console.status("searching") if console.is_terminal else nullcontext():
         if space.size <= ENUMERATED:
@@ -67,13 +72,14 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
             "no point of the space is expected to fit; widen its knobs, or name a cluster with more memory"
         )
     points = [list(scored)[i] for _, i in best]
+    base, base_prediction = _base(space, plans, predictor)
     return {
         "space": args.space,
         "cluster": space.file.cluster,
         "basis": basis,
         "points_looked_at": len(scored),
-        "base": _base(space, plans, predictor),
-        "suggestions": _suggestions(points, featuriser, predictor, space, plans),
+        "base": base,
+        "suggestions": _suggestions(points, featuriser, predictor, base_prediction),
     }
 
 
@@ -82,15 +88,14 @@ def _predictor(args: argparse.Namespace, space: Space, plans: Plans, console: Co
     if args.predictor:
         return NeuralPredictor.load(args.predictor), f"what {args.predictor} learned"
     history = read_records(args.records)
-    if history.problems:
-        tell(console, [f"{len(history.problems)} lines cannot be used: {history.problems[0]}"])
-    own = of_use([r for r in history.records if is_of(r, space)])
-    others = of_use([r for r in history.records if not is_of(r, space)])
+    tell(console, unusable(history))
+    own, others = own_runs(history, space)
     if others and not args.prior:
         tell(
             console,
             [
-                f"{len(others)} records are of another cluster than {space.file.cluster}, and kept apart; --prior learns from them"
+                f"{len(others)} records are of another cluster than {space.file.cluster}, of other versions, or of machines that most are "
+                "not of, and kept apart; --prior learns from them"
             ],
         )
     used = own + (others if args.prior else ())
@@ -103,11 +108,24 @@ def _predictor(args: argparse.Namespace, space: Space, plans: Plans, console: Co
         )
     predictor.fit(known.table, known.measured)
     elsewhere = (
-        f", {len(used) - len(own)} of them on other clusters: trust the order more than the milliseconds"
+        f", {len(used) - len(own)} of them on other clusters, machines or versions: trust the order more than the milliseconds"
         if used != own
         else ""
     )
     return predictor, f"the analytic model and {len(used)} measured runs{elsewhere}"
+
+
+def own_runs(history: History, space: Space) -> tuple[tuple[Record, ...], tuple[Record, ...]]:
+    """Runs on the space's cluster, with this software and on the kind of machine that most of them are of; and all others.
+
+    The cluster need not be here, so its machines are not compared with this one.
+    """
+    of_cluster = [r for r in history.records if is_of(r, space)]
+    kinds = Counter(r.hardware for r in of_cluster if r.hardware)
+    split = history.split(kinds.most_common(1)[0][0] if kinds else "", software_versions())
+    own = of_use([r for r in split.usable if is_of(r, space)])
+    mine = {record.where for record in own}
+    return own, tuple(r for r in of_use(history.records) if r.where not in mine)
 
 
 def is_of(record: Record, space: Space) -> bool:
@@ -118,16 +136,18 @@ def is_of(record: Record, space: Space) -> bool:
         return False
 
 
-def _base(space: Space, plans: Plans, predictor: Predictor) -> dict[str, Any]:
-    table = _base_table(space, plans)
+def _base(space: Space, plans: Plans, predictor: Predictor) -> tuple[dict[str, Any], Prediction | None]:
+    """Its figures, and what is predicted of it: None on a cluster on which it cannot run, where the figures say why."""
+    try:
+        job = base_job(space)
+        check_num_ranks(job.config, job.launch.num_ranks)
+        numbers = job_numbers(job, plans)
+    except (ConfigError, NoPlanError) as e:
+        return {"cannot_run": str(e).splitlines()[0]}, None
+    table = derive(numbers[None], run_numbers(job.config, job.launch.threads_per_rank)[None])
     prediction = predictor.predict(table)
     low, high = prediction.interval()
-    return _figures(float(prediction.log_ms_N[0]), low[0], high[0], space.base.train.global_batch_size)
-
-
-def _base_table(space: Space, plans: Plans) -> Any:
-    job = base_job(space)
-    return derive(job_numbers(job, plans)[None], run_numbers(job.config, job.launch.threads_per_rank)[None])
+    return _figures(float(prediction.log_ms_N[0]), low[0], high[0], space.base.train.global_batch_size), prediction
 
 
 def _figures(log_ms: float, low: float, high: float, batch: int) -> dict[str, Any]:
@@ -136,13 +156,12 @@ def _figures(log_ms: float, low: float, high: float, batch: int) -> dict[str, An
 
 
 def _suggestions(
-    points: list[Point], featuriser: Featuriser, predictor: Predictor, space: Space, plans: Plans
+    points: list[Point], featuriser: Featuriser, predictor: Predictor, base: Prediction | None
 ) -> list[dict[str, Any]]:
-    table = featuriser(points).table
+    space, table = featuriser.space, featuriser(points).table
     prediction = predictor.predict(table)
-    base = predictor.predict(_base_table(space, plans))
     cost_MN = prediction.log_ms_MN - np.log(table.global_batch_N)
-    base_M = base.log_ms_MN[:, 0] - np.log(space.base.train.global_batch_size)
+    base_M = base.log_ms_MN[:, 0] - np.log(space.base.train.global_batch_size) if base else []
     low_N, high_N = prediction.interval()
     found = []
     for i, point in enumerate(points):
@@ -170,7 +189,12 @@ def show(result: dict[str, Any], console: Console) -> None:
     )
     for column in ("", "step ms", "90 % of runs lie in", "samples/s", "fits", "beats base"):
         grid.add_column(column, justify="right")
-    for number, row in enumerate([result["base"], *result["suggestions"]]):
+    if "cannot_run" in result["base"]:
+        console.print(f"note: the base configuration cannot run on {result['cluster']}: {result['base']['cannot_run']}")
+        rows = result["suggestions"]
+    else:
+        rows = [result["base"], *result["suggestions"]]
+    for number, row in enumerate(rows, start=len(result["suggestions"]) + 1 - len(rows)):
         low, high = row["step_ms_90"]
         chance = row.get("chance_faster_than_base")
         grid.add_row(

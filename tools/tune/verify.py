@@ -16,11 +16,13 @@ from dlrm_scale.sharding.plan import save_plan
 from dlrm_scale.tuning.knobs import Point
 from dlrm_scale.tuning.launcher import Launcher, Limits
 from dlrm_scale.tuning.plans import Plans
-from dlrm_scale.tuning.trial import Trial, overrides_file, samples_per_second, whole
+from dlrm_scale.tuning.trial import Trial, as_many_samples, overrides_file, samples_per_second, whole
 from tools.tune.common import base_job, base_trial, point_trial
 from tools.tune.session import Session, write_whole
 
 MOST_CANDIDATES = 8
+MOST_UNCERTAIN = 3  # candidates that are not faster for certain: of many that equal the base, one would pass by chance
+CERTAIN_DEVIATIONS = 3.0  # of the mean gain: of three repeats that are noise alone, 1 in 20 goes so far
 DEVIATIONS = 2.0  # of the difference of two means: what counts as noise
 HOPELESS_DEVIATIONS = 6.0  # after one seed: no further one would mend it
 
@@ -42,8 +44,10 @@ class Speed:
 
     @property
     def is_certain(self) -> bool:
-        """Faster in every repeat."""
-        return min(self.gains) > 1
+        """Faster in every repeat, and on average by more than the repeats' own spread explains."""
+        logs = [math.log(gain) for gain in self.gains]
+        error = statistics.stdev(logs) / math.sqrt(len(logs))
+        return min(logs) > 0 and statistics.fmean(logs) > CERTAIN_DEVIATIONS * error
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,13 @@ class Quality:
     @property
     def difference(self) -> float:
         return statistics.fmean(self.candidate) - statistics.fmean(self.base)
+
+    def as_json(self) -> dict[str, Any]:
+        """JSON has no infinity: an NE that is no number is null."""
+        base, candidate = ([ne if math.isfinite(ne) else None for ne in s] for s in (self.base, self.candidate))
+        difference, noise = (v if math.isfinite(v) else None for v in (self.difference, self.noise))
+        parts = {"label": self.label, "base": base, "candidate": candidate, "difference": difference, "noise": noise}
+        return {**parts, "within_noise": self.is_within_noise}
 
     @property
     def noise(self) -> float:
@@ -91,6 +102,8 @@ class Verifier:
             tried.append(self._try(name, point))
             if tried[-1]["accepted"]:
                 return self._accept(name, point, tried)
+            if sum(not t.get("certain", True) for t in tried) == MOST_UNCERTAIN:
+                break
         return self._finish({"accepted": None, "tried": tried, "exit_code": 1})
 
     def candidates(self) -> list[tuple[str, Point]]:
@@ -107,15 +120,16 @@ class Verifier:
         if speed is None:
             return {**found, "why": "it failed when it was measured again"}
         found["speed"] = {**asdict(speed), "gain": speed.gain, "least": min(speed.gains), "most": max(speed.gains)}
+        found["certain"] = speed.is_certain
         if not speed.is_certain:
-            return {**found, "why": "measured again, it is not faster in every repeat"}
+            return {
+                **found,
+                "why": "measured again, it is not faster in every repeat by more than their spread explains",
+            }
         qualities = self._quality(name, point) if self.args.quality_seeds else []
         if qualities is None:
             return {**found, "why": "a whole run of it failed"}
-        found["quality"] = [
-            {**asdict(q), "difference": q.difference, "noise": q.noise, "within_noise": q.is_within_noise}
-            for q in qualities
-        ]
+        found["quality"] = [q.as_json() for q in qualities]
         worse = [q for q in qualities if not q.is_within_noise]
         if worse:
             q = worse[0]
@@ -132,10 +146,12 @@ class Verifier:
                 base_trial(f"{name}_again_{repeat}_base", self.space, steps),
                 point_trial(f"{name}_again_{repeat}", self.space, self.plans, point, steps),
             ]
+            if any(trial.name not in self.session.by_name for trial in pair):
+                self.session.forget(pair)  # of a pair that was cut in two, each half saw another hour of the machine
             trials += pair if repeat % 2 == 0 else pair[::-1]
         records = list(self.session.measure_named(self.launcher, trials, f"measuring {name} and the base again"))
-        base = [samples_per_second(r) for r, t in zip(records, trials, strict=True) if t.point is None]
-        candidate = [samples_per_second(r) for r, t in zip(records, trials, strict=True) if t.point is not None]
+        base = [throughput(r) for r, t in zip(records, trials, strict=True) if t.point is None]
+        candidate = [throughput(r) for r, t in zip(records, trials, strict=True) if t.point is not None]
         if not all(base):
             raise UserError(f"the base configuration failed when it was measured again: {_reason(records)}")
         if not all(candidate):
@@ -177,8 +193,9 @@ class Verifier:
     def _accept(self, name: str, point: Point, tried: list[dict[str, Any]]) -> dict[str, Any]:
         folder, job = self.session.folder, self.space.job(point)
         save_plan(self.plans.plan(job.config, job.cluster), folder / "best_plan.json")
-        file = overrides_file(self.space, point, job.launch, folder / "best_plan.json")
-        write_whole(folder / "best.json", file.model_dump_json(indent=1) + "\n")
+        changes = as_many_samples(job, base_job(self.space))  # what was checked is what is trained
+        file = overrides_file(self.space, point, job.launch, folder / "best_plan.json", changes)
+        write_whole(folder / "best.json", f"{file.model_dump_json(indent=1)}\n".encode())
         best = {"best": str(folder / "best.json"), "hosts": job.cluster.num_hosts}
         return self._finish({"accepted": name, **best, "tried": tried, "exit_code": 0})
 
@@ -191,8 +208,13 @@ class Verifier:
             "quality_checked": bool(self.args.quality_seeds),
             "folder": str(self.session.folder),
         }
-        write_whole(self.session.folder / "result.json", json.dumps(result, indent=1) + "\n")
+        write_whole(self.session.folder / "result.json", f"{json.dumps(result, indent=1)}\n".encode())
         return result
+
+
+def throughput(record: dict[str, Any]) -> float:
+    """Samples a second over the whole timed span, waits for data and all: what the median step does not show. 0: not measured."""
+    return record["samples_per_second"] if record["outcome"] == "ok" else 0.0
 
 
 def ne_of(records: Sequence[dict[str, Any]], label: str) -> list[float]:
