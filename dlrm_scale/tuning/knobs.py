@@ -77,6 +77,10 @@ class Integer(_Knob):
     high: int
     log: bool = False
     multiple: int = Field(1, gt=0, description="every value is a multiple of it")
+    scales: dict[str, float] = Field(
+        {},
+        description="other keys, multiplied by (value / the base configuration's) ** exponent: {train.dense.lr: 0.5}",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> "Integer":

@@ -5,7 +5,6 @@ space = load_space("configs/tuning/criteo_80k.yaml"); space.overrides(space.samp
 
 import copy
 import hashlib
-import itertools
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -19,10 +18,20 @@ from pydantic import Field
 
 from dlrm_scale.cluster import ClusterSpec, load_cluster
 from dlrm_scale.config import RunConfig, check_num_ranks
-from dlrm_scale.config_io import apply_override, parse_config, parse_tree, read_tree
+from dlrm_scale.config_io import apply_override, leaves, parse_config, parse_tree, read_tree
 from dlrm_scale.errors import ConfigError, NoPlanError
 from dlrm_scale.strict import Strict
-from dlrm_scale.tuning.knobs import LAUNCH_KEYS, LAUNCH_PREFIX, THREADS_KEY, Knob, Point, Sharding, Value, overrides_of
+from dlrm_scale.tuning.knobs import (
+    LAUNCH_KEYS,
+    LAUNCH_PREFIX,
+    THREADS_KEY,
+    Integer,
+    Knob,
+    Point,
+    Sharding,
+    Value,
+    overrides_of,
+)
 from dlrm_scale.tuning.plans import Plans
 
 TRIES = 64  # random points in which a value, or the whole space, may show that it can run
@@ -68,7 +77,8 @@ class Space:
     @cached_property
     def fingerprint(self) -> str:
         """12 hex digits that change when knobs, base configuration or cluster do."""
-        parts = [self.file.model_dump(mode="json"), self.tree, self.cluster.model_dump(mode="json")]
+        file = self.file.model_dump(mode="json", exclude_defaults=True)  # a field that is added later changes nothing
+        parts = [file, self.tree, self.cluster.model_dump(mode="json")]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 
     # ------------------------------------------------------------ points
@@ -169,8 +179,22 @@ class Space:
     # ------------------------------------------------------------ what a point means
     def overrides(self, point: Point) -> list[str]:
         """`section.key=value`, as the trainer's command line takes them; launch keys are in `launch`."""
-        named = ((self.knobs[name], value, self._members[name]) for name, value in point.items())
-        return list(itertools.chain.from_iterable(overrides_of(*one) for one in named))
+        found: list[str] = []
+        for name, value in point.items():
+            found += overrides_of(self.knobs[name], value, self._members[name])
+            found += self._scaled(name, value)
+        return found
+
+    def _scaled(self, name: str, value: Value) -> list[str]:
+        knob = self.knobs[name]
+        if not isinstance(knob, Integer) or not knob.scales or value == self._base_values[knob.key]:
+            return []
+        ratio = value / self._base_values[knob.key]
+        return [f"{key}={self._base_values[key] * ratio**exponent:.6g}" for key, exponent in knob.scales.items()]
+
+    @cached_property
+    def _base_values(self) -> dict[str, Any]:
+        return leaves(self.base.model_dump(mode="json"))
 
     def launch(self, point: Point) -> Launch:
         """Of knobs with launch keys; without one, the cluster's ranks, and the threads that launchers/torchrun.sh gives them here."""
@@ -250,7 +274,14 @@ class Space:
             key = getattr(knob, "key", "")
             if key.startswith(LAUNCH_PREFIX) and key not in LAUNCH_KEYS:
                 raise ConfigError(f"knob {name}: no such launch key as {key}; known are {', '.join(LAUNCH_KEYS)}")
-            for set_key in self._members[name] if isinstance(knob, Sharding) else (key,):
+            scales = knob.scales if isinstance(knob, Integer) else {}
+            for scaled in (key, *scales) if scales else ():
+                value = self._base_values.get(scaled)
+                if isinstance(value, bool) or not isinstance(value, int | float):
+                    raise ConfigError(
+                        f"knob {name}: scales needs numbers, but {scaled} of {self.file.base} is {value}; name keys that have one"
+                    )
+            for set_key in self._members[name] if isinstance(knob, Sharding) else (key, *scales):
                 if set_key in owner:
                     raise ConfigError(
                         f"knobs {owner[set_key]} and {name} both set {set_key}; one would overwrite the other: take one out"

@@ -104,6 +104,20 @@ def test_log_floats_are_evenly_apart_in_their_logarithm():
     assert space.config(space.point({"lr": 0.003162})).train.sparse.lr == 0.003162
 
 
+def batch_that_scales(**exponents):
+    low_high = {"low": 64, "high": 1024, "log": True}
+    return {"batch": {"kind": "integer", "key": "train.global_batch_size", **low_high, "scales": exponents}}
+
+
+def test_rates_follow_the_batch_by_their_exponents():
+    space = tiny_space(batch_that_scales(**{"train.dense.lr": 0.5, "train.sparse.lr": 1.0}))
+    base, large = space.config(space.point({"batch": 64})).train, space.config(space.point({"batch": 1024})).train
+    assert base.dense.lr == space.base.train.dense.lr and space.overrides(space.point({"batch": 64})) == [
+        "train.global_batch_size=64"
+    ]
+    assert large.dense.lr == pytest.approx(4 * base.dense.lr) and large.sparse.lr == pytest.approx(16 * base.sparse.lr)
+
+
 def categorical(key, *values, **more):
     return {"kind": "categorical", "key": key, "values": list(values), **more}
 
@@ -120,6 +134,8 @@ def categorical(key, *values, **more):
         ({"a": categorical("seed", 1), "b": categorical("launch.num_ranks", 1, when={"a": [7]})}, ["a = 7, which a never is"]),
         ({"a": categorical("seed", 1), "b": categorical("seed", 2)}, ["knobs a and b both set seed"]),
         ({"a": categorical("seed", 1, 1)}, ["1 twice"]),
+        (batch_that_scales(**{"model.arch": 1.0}), ["scales needs numbers", "model.arch"]),
+        ({**batch_that_scales(seed=1.0), "a": categorical("seed", 1)}, ["knobs batch and a both set seed"]),
         ({"a": {"kind": "integer", "key": "seed", "low": 3, "high": 2}}, ["low <= high"]),
         ({"a": {"kind": "integer", "key": "seed", "low": 3, "high": 9, "multiple": 2}}, ["multiple of `multiple`"]),
         ({"a": {"kind": "sharding", "tables": ["usr"], "values": ["any"]}}, ["usr", "user"]),
