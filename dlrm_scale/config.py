@@ -275,6 +275,11 @@ class TrainConfig(Strict):
     precision: Literal["fp32", "bf16"] = Field(
         "fp32", description="of the dense arch's products; losses, norms and tables stay fp32"
     )
+    compile: bool = Field(
+        False,
+        description="the dense arch by torch.compile: the first steps take a minute or two more; where that fails, a warning says why "
+        "and it runs as it is",
+    )
     clip_grad_norm: float | None = Field(None, gt=0, description="over all dense gradients; None: no clipping")
     nonfinite: Literal["stop", "skip", "rollback"] = Field(
         "stop",

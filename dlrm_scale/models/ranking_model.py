@@ -15,6 +15,7 @@ from torchrec.sparse.jagged_tensor import KeyedTensor
 from dlrm_scale.config import DCNv2Config, DLRMConfig, InterFormerConfig, LogisticConfig, RunConfig
 from dlrm_scale.data.batch import RecBatch
 from dlrm_scale.meta import META, without_memory
+from dlrm_scale.models.compiled import compile_arch
 from dlrm_scale.models.dcn import DCNv2
 from dlrm_scale.models.dlrm import DLRM
 from dlrm_scale.models.embeddings import Embeddings
@@ -98,6 +99,8 @@ def build_model(config: RunConfig, *, table_device: torch.device = META, dense_d
             arch = build_arch(config)
     else:
         arch = build_arch(config).to(dense_device)
+        if config.train.compile:
+            compile_arch(arch)
     return RankingModel(embeddings, arch, config.train.precision)
 
 
