@@ -18,8 +18,8 @@ from dlrm_scale.tuning.scores import kendall_tau
 from dlrm_scale.tuning.space import load_space
 from dlrm_scale.tuning.trial import failed_record
 from tests.support.spaces import QUICK, write_space
+from tools.charts import Axis
 from tools.tune.__main__ import main
-from tools.tune.charts import Axis
 from tools.tune.report import frontier
 from tools.tune.run import Search
 from tools.tune.session import Session

@@ -8,6 +8,7 @@ from tools.commands import run_tool
 COMMANDS = {
     "checkpoint": "what saving costs a run, beside a plain write",
     "cluster": "memory and collectives of this machine, as a cluster file",
+    "growth": "samples a second as batch, tables, rows and sequences grow",
     "plan": "our planner beside TorchRec's",
     "predictor": "the tuner's predictor on workloads it never saw, beside simpler ones",
     "replay_table": "points of a tuning space, really measured, for searchers to be compared on",

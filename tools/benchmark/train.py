@@ -132,10 +132,10 @@ def variant(args: argparse.Namespace, name: str, changes: Sequence[str], **parts
             apply_override(tree, change)
     config = parse_config(tree, f"{args.config}, {name}")
     check_num_ranks(config, launch[RANKS_KEY])
-    return Variant(name, config, launch[RANKS_KEY], launch[THREADS_KEY], **{"measure": _measure, **parts})
+    return Variant(name, config, launch[RANKS_KEY], launch[THREADS_KEY], **{"measure": measure_here, **parts})
 
 
-def _measure(variant: Variant, tell: Callable[[str], Any]) -> dict[str, Any]:
+def measure_here(variant: Variant, tell: Callable[[str], Any]) -> dict[str, Any]:
     arguments = (variant.config, variant.threads, variant.skip)
     return figures(variant, run_on_ranks(measure_training, arguments, variant.ranks, variant.ranks, tell))
 

@@ -8,18 +8,11 @@ from dlrm_scale.sharding.options import STAGES
 from dlrm_scale.sharding.plan import Plan
 from dlrm_scale.sharding.problem import SCORED_STAGES
 from dlrm_scale.sharding.search import Found
+from tools.charts import page
 from tools.plan_sharding.show import ms, ranks_said, replica_groups_said
 
 WIDTH, HEIGHT, GAP = 1100, 240, 0.15  # pixels; the space between bars as a part of a bar
 COLOURS = ("#4e79a7", "#a0cbe8", "#f28e2b", "#ffbe7d", "#59a14f", "#8cd17d", "#b6992d", "#e15759", "#79706e", "#d37295")
-STYLE = """
-body{font:14px/1.45 system-ui,sans-serif;max-width:1150px;margin:2em auto;padding:0 1em;color:#222}
-h1{font-size:1.4em}h2{font-size:1.1em;margin-top:2em}table{border-collapse:collapse;font-variant-numeric:tabular-nums}
-td,th{padding:.2em .7em;border-bottom:1px solid #ddd;text-align:left}td.n,th.n{text-align:right}
-.scroll{max-height:32em;overflow:auto;border:1px solid #ddd}.key span{display:inline-block;margin-right:1.2em}
-.key i{display:inline-block;width:.9em;height:.9em;margin-right:.35em;vertical-align:-.1em}
-svg{width:100%;height:auto;background:#fafafa}pre{background:#f4f4f4;padding:1em;overflow:auto}
-"""
 
 
 def write_html(plan: Plan, found: Found, seconds: float, path: Path) -> None:
@@ -47,10 +40,7 @@ def write_html(plan: Plan, found: Found, seconds: float, path: Path) -> None:
             _bars(rows, host_kinds, "GB", cluster.host_bytes_per_rank / 1e9),
         ]
     parts += ["<h2>Tables</h2>", _tables(plan), "<h2>Request</h2>", f"<pre>{escape(_request(plan))}</pre>"]
-    page = (
-        f"<!doctype html><html lang='en'><meta charset='utf-8'><title>Sharding plan {escape(plan.fingerprint)}</title>"
-    )
-    path.write_text(f"{page}<style>{STYLE}</style><body>{''.join(parts)}</body></html>\n", encoding="utf-8")
+    path.write_text(page(f"Sharding plan {plan.fingerprint}", parts), encoding="utf-8")
 
 
 def _gap(plan: Plan, found: Found, seconds: float) -> str:

@@ -21,8 +21,7 @@ from dlrm_scale.tuning.records import read_records
 from dlrm_scale.tuning.scores import kendall_tau
 from dlrm_scale.tuning.space import Space, load_space
 from dlrm_scale.tuning.trial import samples_per_second
-from tools.plan_sharding.html import STYLE
-from tools.tune.charts import Axis, Dot, bars, chart
+from tools.charts import Axis, Dot, bars, chart, page
 from tools.tune.common import add_space, of_use
 from tools.tune.evaluate import cross_predict, folds_of, jobs_of
 from tools.tune.session import RECORDS, read_lines
@@ -65,9 +64,8 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         "<h2>Speed against memory</h2><p>The line joins runs that no other beats in both.</p>",
         _frontier([r for r in read_lines(folder / RECORDS) if r.get("outcome") == "ok" and r.get("peak_memory")]),
     ]
-    page = f"<!doctype html><meta charset='utf-8'><title>Tuning {escape(space.file.base)}</title><style>{STYLE}</style>{''.join(parts)}"
     try:
-        Path(args.out).write_text(page)
+        Path(args.out).write_text(page(f"Tuning {space.file.base}", parts))
     except OSError as e:
         raise ConfigError(f"cannot write {args.out}: {e.strerror}; name another place: --out") from None
     return {"report": args.out, "measured": len(measured), "knob_importance": importance, "learning_curve": curve}

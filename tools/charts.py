@@ -1,4 +1,4 @@
-"""Charts as SVG text: points, lines and bars on linear or logarithmic axes."""
+"""Pages of HTML that need nothing else, and charts as SVG text: points, lines and bars on linear or logarithmic axes."""
 
 import math
 from collections.abc import Sequence
@@ -8,6 +8,20 @@ from html import escape
 WIDTH, HEIGHT, LEFT, BOTTOM, RIGHT, TOP = 760, 360, 70, 40, 15, 10
 COLOURS = ("#4e79a7", "#f28e2b", "#59a14f", "#e15759")
 PAD = 0.05  # of an axis's length, around what it shows
+
+STYLE = """
+body{font:14px/1.45 system-ui,sans-serif;max-width:1150px;margin:2em auto;padding:0 1em;color:#222}
+h1{font-size:1.4em}h2{font-size:1.1em;margin-top:2em}table{border-collapse:collapse;font-variant-numeric:tabular-nums}
+td,th{padding:.2em .7em;border-bottom:1px solid #ddd;text-align:left}td.n,th.n{text-align:right}
+.scroll{max-height:32em;overflow:auto;border:1px solid #ddd}.key span{display:inline-block;margin-right:1.2em}
+.key i{display:inline-block;width:.9em;height:.9em;margin-right:.35em;vertical-align:-.1em}
+svg{width:100%;height:auto;background:#fafafa}pre{background:#f4f4f4;padding:1em;overflow:auto}
+"""
+
+
+def page(title: str, parts: Sequence[str]) -> str:
+    head = f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{escape(title)}</title><style>{STYLE}</style>"
+    return f"{head}<body>{''.join(parts)}</body></html>\n"
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,184 @@
+"""`growth`: samples a second as the batch, the tables, their rows or the sequences grow; one plot each."""
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from dlrm_scale.config import RunConfig
+from dlrm_scale.config_io import apply_override, parse_config, read_tree
+from dlrm_scale.errors import ConfigError, NoPlanError
+from dlrm_scale.tuning.trial import short
+from tools.benchmark.cluster import positive
+from tools.benchmark.train import Variant, measure_here, spread
+from tools.charts import Axis, Dot, chart, page
+
+Tree = dict[str, Any]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Train a configuration for some steps at several sizes of one thing at a time, all sizes in turn, several times. A size that no plan fits\n"
+        "is told as such."
+    )
+    parser.epilog = "example: python -m tools.benchmark growth --config configs/quickstart.yaml --axis batch 256 1024 4096 --html growth.html"
+    parser.add_argument("--config", required=True, metavar="YAML")
+    parser.add_argument("changes", nargs="*", metavar="KEY=VALUE", help="to the configuration")
+    parser.add_argument(
+        "--axis", nargs="+", action="append", metavar=("NAME", "SIZE"),
+        help=f"{', '.join(AXES)}, and sizes; can be given several times (default: all, at sizes of their own)",
+    )  # fmt: skip
+    parser.add_argument("--nproc", type=positive, default=2, metavar="N", help="ranks (default 2)")
+    parser.add_argument("--threads", type=positive, default=1, metavar="N", help="of each rank (default 1)")
+    parser.add_argument(
+        "--steps", type=positive, default=16, metavar="N", help="a quarter of them warm-up (default 16)"
+    )
+    parser.add_argument("--repeats", type=positive, default=3, metavar="N", help="(default 3)")
+    parser.add_argument("--html", metavar="FILE", help="write the plots")
+
+
+# ------------------------------------------------------------ what grows
+def _batch(tree: Tree, size: int) -> None:
+    tree["train"]["global_batch_size"] = size
+
+
+def _tables(tree: Tree, size: int) -> None:
+    """So many categorical features, each with a table like the first one's; sequences keep theirs."""
+    features = tree["features"]
+    first = features["categorical"][0]
+    of_sequences = {field["table"] for sequence in features.get("sequences", []) for field in sequence["fields"]}
+    kept = {name: table for name, table in features["tables"].items() if name in of_sequences}
+    grown = {f"grown_{i}": features["tables"][first["table"]] for i in range(size)}
+    features["tables"] = {**kept, **grown}
+    features["categorical"] = [{**first, "name": name, "table": name} for name in grown]
+    rules = tree.get("sharding", {}).get("tables", {})
+    for name in [name for name in rules if name not in features["tables"]]:
+        del rules[name]
+
+
+def _rows(tree: Tree, size: int) -> None:
+    for table in tree["features"]["tables"].values():
+        table["num_embeddings"] = size
+
+
+def _sequence(tree: Tree, size: int) -> None:
+    sequences = tree["features"].get("sequences", [])
+    if not sequences:
+        raise ConfigError(
+            "--axis sequence: the configuration has no sequence; take one that has, as configs/quickstart.yaml"
+        )
+    for sequence in sequences:
+        sequence["max_length"] = size
+        sequence["pooling_factor"] = max(1, size / 2)
+
+
+AXES: dict[str, tuple[Callable[[Tree, int], None], str, tuple[int, ...]]] = {
+    "batch": (_batch, "global batch size", (256, 1024, 4096, 16_384, 32_768)),
+    "tables": (_tables, "categorical features, each with a table", (8, 32, 128, 512)),
+    "rows": (_rows, "rows of each table", (10_000, 100_000, 1_000_000, 10_000_000, 100_000_000)),
+    "sequence": (_sequence, "events of a sequence at most", (10, 30, 100, 300, 1000)),
+}
+
+
+# ------------------------------------------------------------ measuring
+def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """Raises ConfigError; else as `run_on_ranks`."""
+    cells = [(axis, size, _variant(args, axis, size)) for axis, sizes in axes_of(args) for size in sizes]
+    found: dict[tuple[str, int], list[dict[str, Any]]] = {(axis, size): [] for axis, size, _ in cells}
+    unfit: dict[tuple[str, int], str] = {}
+    with console.status("") as status:
+        for repeat in range(args.repeats):
+            for axis, size, variant in cells:
+                if (axis, size) in unfit:
+                    continue
+                tell = lambda doing, a=axis, s=size, r=repeat: status.update(
+                    f"{a} {s:,}, {r + 1} of {args.repeats}: {doing}"
+                )  # noqa: E731
+                tell("starting")
+                try:
+                    found[axis, size].append(measure_here(variant, tell))
+                except NoPlanError as e:
+                    unfit[axis, size] = str(e).splitlines()[0]
+    result = {
+        "config": args.config,
+        "changes": args.changes,
+        "steps": args.steps,
+        "repeats": args.repeats,
+        "cells": [_cell(axis, size, found[axis, size], unfit.get((axis, size))) for axis, size, _ in cells],
+        "html": args.html,
+    }
+    if args.html:
+        _write(args.html, result)
+    return result
+
+
+def axes_of(args: argparse.Namespace) -> list[tuple[str, tuple[int, ...]]]:
+    """Raises ConfigError: no such axis, or a size that is no number."""
+    if not args.axis:
+        return [(name, sizes) for name, (_, _, sizes) in AXES.items()]
+    found = []
+    for name, *sizes in args.axis:
+        if name not in AXES:
+            raise ConfigError(f"--axis has no {name!r}; it has {', '.join(AXES)}")
+        wrong = [size for size in sizes if not size.isdigit() or not int(size)]
+        if wrong:
+            raise ConfigError(f"--axis {name}: a size is a whole number above 0, but one is {wrong[0]!r}")
+        found.append((name, tuple(map(int, sizes)) or AXES[name][2]))
+    return found
+
+
+def _variant(args: argparse.Namespace, axis: str, size: int) -> Variant:
+    tree = read_tree(args.config, RunConfig, "configuration")
+    for change in (*args.changes, *short(args.steps)):
+        apply_override(tree, change)
+    AXES[axis][0](tree, size)
+    config = parse_config(tree, f"{args.config} at {axis} {size}")
+    return Variant(f"{axis} {size}", config, args.nproc, args.threads, measure_here)
+
+
+def _cell(axis: str, size: int, runs: list[dict[str, Any]], unfit: str | None) -> dict[str, Any]:
+    cell: dict[str, Any] = {"axis": axis, "size": size, "does_not_fit": unfit}
+    if runs:
+        cell["samples_per_s"] = spread([run["samples_per_s"] for run in runs])
+        cell["host_gb_a_rank"] = max(m["host_bytes"] for run in runs for m in run["peak_memory"]) / 1e9
+    return cell
+
+
+# ------------------------------------------------------------ to read
+def _write(path: str, result: dict[str, Any]) -> None:
+    parts = [f"<h1>{result['config']}: samples a second</h1>"]
+    for axis, (_, name, _) in AXES.items():
+        cells = [c for c in result["cells"] if c["axis"] == axis and "samples_per_s" in c]
+        if len(cells) < 2:
+            continue
+        medians = [(c["size"], c["samples_per_s"]["median"]) for c in cells]
+        ends = [c["samples_per_s"][end] for c in cells for end in ("least", "most")]
+        dots = [Dot(size, speed, f"{size:,}: {speed:,.0f} samples/s") for size, speed in medians]
+        x, y = Axis.around(name, [size for size, _ in medians], log=True), Axis.around("samples/s", ends, log=True)
+        spreads = [
+            ([(c["size"], c["samples_per_s"]["least"]), (c["size"], c["samples_per_s"]["most"])], 1) for c in cells
+        ]
+        parts += [f"<h2>{name}</h2>", chart(x, y, dots, [(medians, 0), *spreads])]
+    try:
+        with open(path, "w") as f:
+            f.write(page("Growth", parts))
+    except OSError as e:
+        raise ConfigError(f"cannot write {path}: {e.strerror}; name another place: --html") from None
+
+
+def show(result: dict[str, Any], console: Console) -> None:
+    grid = Table(title=f"{result['config']}, {result['repeats']} repeats: median (least to most)", title_justify="left")
+    for column in ("", "size", "samples/s", "GB a rank"):
+        grid.add_column(column, justify="right" if column else "left")
+    for cell in result["cells"]:
+        speed = cell.get("samples_per_s")
+        told = (
+            f"{speed['median']:,.0f} ({speed['least']:,.0f}..{speed['most']:,.0f})" if speed else cell["does_not_fit"]
+        )
+        grid.add_row(cell["axis"], f"{cell['size']:,}", told, f"{cell['host_gb_a_rank']:.2f}" if speed else "")
+    console.print(grid)
+    console.print(
+        f"next: open {result['html']} in a browser" if result["html"] else "next: the same with --html FILE draws it"
+    )
