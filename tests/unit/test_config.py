@@ -10,7 +10,8 @@ from dlrm_scale.errors import ConfigError
 from dlrm_scale.training.main import main
 from tests.support.configs import TINY
 
-CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+ROOT = Path(__file__).parents[2] / "configs"
+CONFIGS = sorted([*ROOT.glob("*.yaml"), *ROOT.glob("benchmark/*.yaml")])
 
 
 @pytest.fixture
