@@ -67,13 +67,13 @@ class Featuriser:
         return row
 
     def _run_row(self, point: Point, known: bool) -> np.ndarray:
-        key = tuple([point.get(name) for name in self._run_knobs])
+        threads = self.space.launch(point).threads_per_rank  # without a knob they follow from the ranks
+        key = (threads, *(point.get(name) for name in self._run_knobs))
         row = self._run_rows.get(key)
         if row is None:
             if not known:  # its configuration may be refused, but its row is never read
                 return run_numbers(self.space.base, 1)
-            row = run_numbers(self.space.config(point), self.space.launch(point).threads_per_rank)
-            self._run_rows[key] = row
+            row = self._run_rows[key] = run_numbers(self.space.config(point), threads)
         return row
 
 

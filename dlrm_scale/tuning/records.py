@@ -54,13 +54,13 @@ class Record:
     reason: str
     step_ms: float
     step_ms_spread: float  # (p90 - p10) / p50 of the run's steps
-    repeats_ms: tuple[float, ...]  # medians of the runs that step_ms is the median of; empty for a single run
     num_steps: int
     loads: tuple[RankLoad, ...]
     sharding_types: Mapping[str, str]
     versions: Mapping[str, str]
     hardware: str | None
     trial: Trial | None
+    repeats_ms: tuple[float, ...] = ()  # medians of the runs that step_ms is the median of; empty for a single run
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ def parse_record(line: Any, where: str) -> Record:
             loads=_LOADS.validate_json(json.dumps(plan["ranks"])) if plan else (),
             sharding_types=plan["sharding_types"] if plan else {},
             versions=versions,
-            hardware=hardware.get("fingerprint"),
+            hardware=None if line.get("hardware") is None else hardware["fingerprint"],
             trial=None if trial is None else Trial.model_validate_json(json.dumps(trial)),
         )
     except ValidationError as e:

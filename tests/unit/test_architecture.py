@@ -26,8 +26,9 @@ MAY_IMPORT = {
 }
 # Name -> the only places (a part, or a file) that may use it.
 ONLY_IN = {
-    "torchrec.distributed.model_parallel": ("sharding/apply.py",),
-    "torchrec.distributed.DistributedModelParallel": ("sharding/apply.py",),
+    # the benchmark's plain TorchRec loop is what sharding/apply.py is held against
+    "torchrec.distributed.model_parallel": ("sharding/apply.py", "benchmark/stock_loop.py"),
+    "torchrec.distributed.DistributedModelParallel": ("sharding/apply.py", "benchmark/stock_loop.py"),
     "torch.distributed": ("data", "sharding", "checkpoint", "resilience", "training", "tools", "launchers"),
     "torchrec.distributed": (
         *("data", "sharding", "checkpoint", "resilience", "training", "tuning", "tools"),

@@ -5,6 +5,7 @@ import argparse
 import pytest
 import yaml
 
+from dlrm_scale.config_io import parse_config
 from dlrm_scale.errors import ConfigError
 from tests.support.configs import TINY, tiny_config
 from tools.benchmark.roofline import count_work, embedding_bytes
@@ -23,16 +24,16 @@ PLAIN = {
 }
 
 
-def plain_config(**sections):
-    return tiny_config(**{**PLAIN, **sections})
+def plain_config(**train):
+    return parse_config({**TINY, **PLAIN, "train": {**TINY["train"], **train}}, "tests")
 
 
 def test_bytes_of_pooled_tables_by_hand():
     """A sample of two features of one id, 8 columns of 4 bytes: forward id 8, row 32, pooled row 32; backward gradient 32, row and
     state read and written."""
     assert embedding_bytes(plain_config()) == 64 * 2 * ((8 + 32 + 32) + (32 + 2 * (32 + 4)))
-    assert embedding_bytes(plain_config(train={"sparse": {"name": "adagrad"}})) == 64 * 2 * (104 + 2 * (32 + 32))
-    assert embedding_bytes(plain_config(train={"sparse": {"name": "sgd"}})) == 64 * 2 * (104 + 2 * 32)
+    assert embedding_bytes(plain_config(sparse={"name": "adagrad"})) == 64 * 2 * (104 + 2 * (32 + 32))
+    assert embedding_bytes(plain_config(sparse={"name": "sgd"})) == 64 * 2 * (104 + 2 * 32)
 
 
 def test_bytes_of_sequences_and_bags_grow_with_their_ids():
@@ -47,8 +48,8 @@ def test_bytes_of_sequences_and_bags_grow_with_their_ids():
 
 def test_flops_are_those_of_the_global_batch_however_it_is_cut():
     one = count_work(plain_config(), 1)
-    assert one == count_work(plain_config(), 2) == count_work(plain_config(train={"accumulate_steps": 2}), 2)
-    assert count_work(plain_config(train={"global_batch_size": 128}), 2).dense_flops == 2 * one.dense_flops
+    assert one == count_work(plain_config(), 2) == count_work(plain_config(accumulate_steps=2), 2)
+    assert count_work(plain_config(global_batch_size=128), 2).dense_flops == 2 * one.dense_flops
 
 
 def arguments(tmp_path, *changes, **options):
@@ -95,7 +96,7 @@ def test_stock_is_refused_for_what_torchrec_has_no_model_of(tmp_path):
         variants_of(arguments(tmp_path, stock=True))
     check(plain_config())
     with pytest.raises(ConfigError, match="rowwise_adagrad and adam"):
-        check(plain_config(train={"sparse": {"name": "sgd"}}))
+        check(plain_config(sparse={"name": "sgd"}))
 
 
 def test_ratios_are_of_the_runs_of_one_repeat():

@@ -152,7 +152,7 @@ def test_end_shows_speed_and_the_commonest_mends(result):
     lines = printed(print_end, tiny_config(), result, None, RUN_DIR, GOODPUT)
     text = "\n".join(lines)
     assert "2,000 samples/s" in text and "12.0/20.0/28.0" in text
-    assert "input_dist 4.0" in text and "backward 8.0" in text
+    assert "input_dist 4.0" in text and "dense_backward 6.0" in text
     assert "goodput 80% of 50 s over all attempts; the rest, s: startup 7.0, save 3.0" in text
     assert [line.split(":")[0].strip() for line in lines if "kind_" in line] == [f"kind_{i}" for i in range(10, 4, -1)]
     assert "4 more kinds" in text and f"tensorboard --logdir {RUN_DIR}" in text and "oracle" not in text

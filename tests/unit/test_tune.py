@@ -203,7 +203,7 @@ def test_suggest_works_without_a_record_and_says_how_sure_it_is(space_file, caps
     ("command", "arguments", "code", "says"),
     [
         ("run", ["--launches", "0"], 2, "--launches must be 1 or more"),
-        ("run", ["--quality-seeds", "1"], 2, "one seed shows no noise"),
+        ("run", ["--quality-seeds", "1"], 2, "one shows no noise"),
         ("run", ["--steps", "7"], 2, "--steps must be 8 or more: warm-up and logs are parts of it, but is 7"),
         ("run", ["--hopeless", "1"], 2, "--hopeless must be"),
         ("run", ["--job-arg", "gpu"], 2, "--job-arg reads name=value"),

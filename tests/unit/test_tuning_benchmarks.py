@@ -11,6 +11,7 @@ from rich.console import Console
 from dlrm_scale.errors import ConfigError
 from dlrm_scale.tuning.featurise import Featuriser
 from dlrm_scale.tuning.predictor import Prediction
+from dlrm_scale.tuning.records import History
 from dlrm_scale.tuning.scores import scores
 from dlrm_scale.tuning.searcher import RandomSearcher
 from tests.support.tuning import PLANS, random_table, tiny_space, true_step_ms
@@ -92,17 +93,9 @@ def search_arguments(*argv: str) -> argparse.Namespace:
 
 def test_a_table_of_too_few_runs_is_refused(tmp_path, monkeypatch, replay):
     monkeypatch.setattr(search_benchmark, "load_space", lambda path: replay.featuriser.space)
-    monkeypatch.setattr(search_benchmark, "read_records", lambda paths: _History([]))
+    monkeypatch.setattr(search_benchmark, "of_one_kind", lambda paths: History((), ()))
     with pytest.raises(ConfigError, match="0 of the 32 points"):
         search_benchmark.run(search_arguments("--records", "r.jsonl", "--space", "s.yaml"), Console(quiet=True))
-
-
-class _History:
-    def __init__(self, records):
-        self.records = records
-
-    def require(self):
-        pass
 
 
 def test_records_without_their_space_are_refused(capsys):

@@ -12,7 +12,7 @@ from dlrm_scale.config_io import apply_override, parse_config, read_tree
 from dlrm_scale.errors import ConfigError, NoPlanError
 from dlrm_scale.tuning.trial import short
 from tools.benchmark.cluster import positive
-from tools.benchmark.train import Variant, measure_here, spread
+from tools.benchmark.train import Variant, measure_here, spread, telling
 from tools.charts import Axis, Dot, chart, page
 
 Tree = dict[str, Any]
@@ -93,9 +93,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
             for axis, size, variant in cells:
                 if (axis, size) in unfit:
                     continue
-                tell = lambda doing, a=axis, s=size, r=repeat: status.update(
-                    f"{a} {s:,}, {r + 1} of {args.repeats}: {doing}"
-                )  # noqa: E731
+                tell = telling(status, f"{axis} {size:,}, {repeat + 1} of {args.repeats}")
                 tell("starting")
                 try:
                     found[axis, size].append(measure_here(variant, tell))

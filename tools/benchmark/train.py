@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
+from rich.status import Status
 from rich.table import Table
 
 from dlrm_scale.config import RunConfig, check_num_ranks
@@ -81,7 +82,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
             runs[at_commit.name] = []
         for repeat in range(args.repeats):
             for variant in variants[repeat % len(variants) :] + variants[: repeat % len(variants)]:
-                tell = lambda doing, v=variant, r=repeat: status.update(f"{v.name}, {r + 1} of {args.repeats}: {doing}")  # noqa: E731
+                tell = telling(status, f"{variant.name}, {repeat + 1} of {args.repeats}")
                 tell("starting")
                 runs[variant.name].append(variant.measure(variant, tell))
         table = None
@@ -99,6 +100,10 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         "trace": args.trace,
         "costliest": table,
     }
+
+
+def telling(status: Status, what: str) -> Callable[[str], Any]:
+    return lambda doing: status.update(f"{what}: {doing}")
 
 
 # ------------------------------------------------------------ variants

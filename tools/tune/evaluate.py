@@ -83,13 +83,14 @@ def same_job(record: Record) -> tuple[str, str]:
 def jobs_of(records: Sequence[Record]) -> np.ndarray:
     """(N,) a number for each job."""
     numbers: dict[tuple[str, str], int] = {}
-    return np.array([numbers.setdefault(same_job(record), len(numbers)) for record in records])
+    return np.array([numbers.setdefault(same_job(record), len(numbers)) for record in records], dtype=int)
 
 
 def folds_of(records: Sequence[Record], seed: int) -> np.ndarray:
     """(N,) fold of each record; runs of the same job share one."""
     jobs_N = jobs_of(records)
-    return (np.random.default_rng(seed).permutation(jobs_N.max() + 1) % NUM_FOLDS)[jobs_N]
+    fold_of = np.random.default_rng(seed).permutation(len(set(jobs_N.tolist()))) % NUM_FOLDS
+    return fold_of[jobs_N]
 
 
 def cross_predict(known: KnownRuns, folds_N: np.ndarray, seed: int) -> Prediction:
