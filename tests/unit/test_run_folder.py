@@ -70,15 +70,15 @@ def test_two_runs_never_share_a_folder_of_checkpoints(tmp_path):
     other = begun(tmp_path / "other")
     with pytest.raises(ConfigError, match=r"checkpoint.dir .* is in use by a run"):
         other.hold(tmp_path / "checkpoints")
+    one.close()
+    other.hold(tmp_path / "checkpoints")
+    other.close()
 
 
 def test_a_checkpoint_folder_that_cannot_be_made_is_told_with_its_own_key(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"name another place: checkpoint\.dir=\.\.\."):
         begun(tmp_path).hold(tmp_path / "file" / "checkpoints")
-    one.close()
-    other.hold(tmp_path / "checkpoints")
-    other.close()
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path):
