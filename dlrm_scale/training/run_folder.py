@@ -142,8 +142,16 @@ def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """One line for each key that decides what is learned and is not the same."""
     had, has = leaves(then), leaves(now)
     keys = [key for key in sorted(set(had) | set(has)) if had.get(key) != has.get(key)]
-    may_not = [key for key in keys if not any(key == free or key.startswith(f"{free}.") for free in MAY_DIFFER)]
-    return [f"{key}: {had.get(key, 'not set')} there, {has.get(key, 'not set')} now" for key in may_not]
+    return [
+        f"{key}: {had.get(key, 'not set')} there, {has.get(key, 'not set')} now"
+        for key in keys
+        if decides_learning(key)
+    ]
+
+
+def decides_learning(key: str) -> bool:
+    """Whether a dotted key of the configuration does, beyond rounding."""
+    return not any(key == free or key.startswith(f"{free}.") for free in MAY_DIFFER)
 
 
 def write_whole(path: Path, text: str) -> None:

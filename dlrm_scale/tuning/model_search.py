@@ -77,7 +77,7 @@ class PredictorSearcher(TellingSearcher):
             return self._initial(k)
         predictor = self.predictor()
         used = self.used
-        score = _Score(self.featuriser, predictor)
+        score = _Score(self.featuriser, predictor, self.allows)
         proposed = self.propose(self.space, score, self._starts(), self.rng)
         order = sorted((s, i) for i, (point, s) in enumerate(proposed.items()) if point not in used and np.isfinite(s))
         points = list(proposed)
@@ -182,15 +182,16 @@ class PredictorSearcher(TellingSearcher):
 class _Score:
     """Log of milliseconds a sample, less its uncertainty, more for what may not fit."""
 
-    def __init__(self, featuriser: Featuriser, predictor: Predictor) -> None:
-        self.featuriser, self.predictor = featuriser, predictor
+    def __init__(self, featuriser: Featuriser, predictor: Predictor, allows: Callable[[Point], bool]) -> None:
+        self.featuriser, self.predictor, self.allows = featuriser, predictor, allows
 
     def __call__(self, points: Sequence[Point]) -> np.ndarray:
         candidates = self.featuriser(points)
         prediction = self.predictor.predict(candidates.table)
         cost_N = prediction.log_ms_N - np.log(candidates.table.global_batch_N) - CAUTION * prediction.spread_N
         scores_N = cost_N - np.log(np.maximum(prediction.fits_N, 1e-6))
-        return np.where(candidates.table.feasible_N, scores_N, np.inf)
+        allowed_N = np.array([self.allows(point) for point in points], dtype=bool)
+        return np.where(candidates.table.feasible_N & allowed_N, scores_N, np.inf)
 
 
 def _arrays(measured: Measured) -> tuple[np.ndarray, ...]:

@@ -9,6 +9,7 @@ The same space, seed and results give the same points, also when the state went 
 import hashlib
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -65,6 +66,7 @@ class TellingSearcher(ABC):
     Attributes:
         told: in order.
         pending: asked for and not told.
+        allows: whether a point may be launched; what was told of others still teaches. Not part of the state.
     """
 
     kind = ""
@@ -74,6 +76,7 @@ class TellingSearcher(ABC):
         self.rng = np.random.default_rng(seed)
         self.told: list[tuple[Point, Result]] = []
         self.pending: list[Point] = []
+        self.allows: Callable[[Point], bool] = lambda point: True
 
     def ask(self, k: int) -> list[Point]:
         if k < 1:
@@ -97,9 +100,11 @@ class TellingSearcher(ABC):
 
     @property
     def best_cost(self) -> float | None:
-        """Milliseconds a sample of the fastest run told; None before one was ok."""
+        """Milliseconds a sample of the fastest run told of points that are allowed; None before one was ok."""
         costs = [
-            r.step_ms / self.featuriser([p]).table.global_batch_N[0] for p, r in self.told if r.step_ms is not None
+            r.step_ms / self.featuriser([p]).table.global_batch_N[0]
+            for p, r in self.told
+            if r.step_ms is not None and self.allows(p)
         ]
         return min(costs) if costs else None
 
@@ -115,7 +120,8 @@ class TellingSearcher(ABC):
         for point in draws:
             if len(found) == count:
                 break
-            if point not in used and point not in found and not self.featuriser([point]).reasons:
+            known = point in used or point in found
+            if not known and self.allows(point) and not self.featuriser([point]).reasons:
                 found[point] = None
         return list(found)
 

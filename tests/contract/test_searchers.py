@@ -92,6 +92,21 @@ def test_a_space_is_used_up_without_repeats(name, featuriser):
     assert searcher.ask(4) == []
 
 
+@pytest.mark.parametrize("name", ["random", "reinforce", "evolution"])
+def test_it_keeps_to_what_is_allowed_and_learns_from_all(name, featuriser):
+    """The fastest batch is ruled out half way: it is not launched again, and no longer the best."""
+    torch.set_num_threads(1)
+    searcher = SEARCHERS[name](featuriser, 3)
+    for point in searcher.ask(8):
+        searcher.tell(point, Result("ok", step_ms(point)))
+    searcher.allows = lambda point: point["batch"] == 64
+    asked = searcher.ask(6)
+    assert len(asked) == 6 and {point["batch"] for point in asked} == {64}
+    for point in asked:
+        searcher.tell(point, Result("ok", step_ms(point)))
+    assert searcher.best_cost == pytest.approx(min(step_ms(p) for p, _ in searcher.told if p["batch"] == 64) / 64)
+
+
 def test_the_same_seed_asks_the_same(name, featuriser):
     one, two = (
         launches(SEARCHERS[name](Featuriser(featuriser.space, featuriser.plans), 3), rounds=5) for _ in range(2)

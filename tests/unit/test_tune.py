@@ -1,5 +1,6 @@
 """tools.tune without launches: what is decided of measured figures, and what is refused before anything starts."""
 
+import argparse
 import gzip
 import json
 import math
@@ -11,6 +12,7 @@ from scipy.stats import kendalltau
 
 from dlrm_scale.errors import ConfigError
 from dlrm_scale.tuning.featurise import Featuriser
+from dlrm_scale.tuning.launcher import Limits
 from dlrm_scale.tuning.model_search import PredictorSearcher
 from dlrm_scale.tuning.plans import Plans
 from dlrm_scale.tuning.records import append_record
@@ -20,10 +22,11 @@ from dlrm_scale.tuning.trial import failed_record
 from tests.support.spaces import QUICK, write_space
 from tools.charts import Axis
 from tools.tune.__main__ import main
+from tools.tune.common import learning_settings
 from tools.tune.report import frontier
 from tools.tune.run import Search
 from tools.tune.session import Session
-from tools.tune.verify import MOST_UNCERTAIN, Quality, Speed, ne_of, throughput
+from tools.tune.verify import MOST_UNCERTAIN, Quality, Speed, Verifier, ne_of, throughput
 
 KNOBS = {"batch": {"kind": "categorical", "key": "train.global_batch_size", "values": [64, 128]}}
 
@@ -153,6 +156,60 @@ def test_a_folder_keeps_to_what_it_was_begun_with(space_file, tmp_path):
     with pytest.raises(ConfigError, match="begun with --steps 60, but now --steps is 200"):
         session.require_same(**{"--steps": 200, "torch": "2.13"})
     session.lock.close()
+
+
+class Judged(Verifier):
+    """With verdicts on points instead of launches: batches above 128 learn worse, and one trial is not faster."""
+
+    def _try(self, name, point):
+        found = {"trial": name, "point": dict(point), "accepted": False, "certain": name != "trial_0003"}
+        if point["batch"] > 128:
+            self.worse.add(learning_settings(self.space, point))
+        return {**found, "accepted": found["certain"] and point["batch"] <= 128}
+
+    def _accept(self, name, point, tried):
+        return {"accepted": name, "tried": tried}
+
+
+def verifier(tmp_path, speeds: dict[tuple[int, str], float]) -> Judged:
+    """Of a search that measured these samples a second, by batch and pipeline."""
+    knobs = {
+        "batch": {"kind": "categorical", "key": "train.global_batch_size", "values": [64, 128, 256, 512]},
+        "pipeline": {"kind": "categorical", "key": "train.pipeline", "values": ["sparse_dist", "none"]},
+    }
+    session = Session(tmp_path / "f", load_space(write_space(tmp_path, knobs)), Console(quiet=True))
+    config = {"train": {"global_batch_size": 100}}
+    asked = {f"trial_{i:04}": {"batch": b, "pipeline": p} for i, (b, p) in enumerate(speeds, start=1)}
+    for name, speed in zip(("base", *asked), (1000.0, *speeds.values()), strict=True):
+        session.by_name[name] = {"outcome": "ok", "config": config, "step_ms": {"p50": 1e5 / speed}}
+    session.save(asked=asked)
+    return Judged(session, argparse.Namespace(limits=Limits()), Plans(), argparse.Namespace(quality_seeds=2))
+
+
+def test_points_that_learn_as_one_that_failed_in_quality_are_not_tried(tmp_path):
+    judged = verifier(
+        tmp_path,
+        {
+            (512, "none"): 9e3,
+            (512, "sparse_dist"): 8e3,
+            (128, "none"): 7e3,
+            (256, "none"): 6e3,
+            (128, "sparse_dist"): 5e3,
+        },
+    )
+    verdict = judged.go()
+    assert [t["trial"] for t in verdict["tried"]] == ["trial_0001", "trial_0003", "trial_0004", "trial_0005"]
+    assert verdict["accepted"] == "trial_0005"
+    judged.session.lock.close()
+
+
+def test_where_all_that_is_fast_learns_worse_there_may_be_more(tmp_path):
+    judged = verifier(tmp_path, {(512, "none"): 9e3, (256, "none"): 8e3, (64, "none"): 900.0})
+    assert judged.go()["accepted"] is None and judged.may_find_more
+    space = judged.space
+    assert judged.is_worse(space.point({"batch": 512, "pipeline": "sparse_dist"}))
+    assert not judged.is_worse(space.point({"batch": 128, "pipeline": "none"}))
+    judged.session.lock.close()
 
 
 def search(space_file, folder, launches: int) -> Search:

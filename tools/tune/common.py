@@ -12,7 +12,8 @@ from rich.console import Console
 
 from dlrm_scale.errors import ConfigError
 from dlrm_scale.record_format import hardware_facts, software_versions
-from dlrm_scale.tuning.knobs import Point
+from dlrm_scale.training.run_folder import decides_learning
+from dlrm_scale.tuning.knobs import LAUNCH_PREFIX, Point, Value
 from dlrm_scale.tuning.launcher import Launcher, Limits
 from dlrm_scale.tuning.plans import Plans
 from dlrm_scale.tuning.records import History, Problem, Record
@@ -77,6 +78,14 @@ def check_launching(args: argparse.Namespace) -> None:
     wrong = [arg for arg in args.job_arg if not arg.partition("=")[1] or arg.startswith(("-", "="))]
     if wrong:
         raise ConfigError(f"--job-arg reads name=value, but is {wrong[0]!r}")
+
+
+def learning_settings(space: Space, point: Point) -> tuple[tuple[str, Value], ...]:
+    """The part of a point that decides what is learned: two points that agree in it learn the same, up to rounding."""
+    keys = {name: getattr(space.knobs[name], "key", "sharding") for name in point}
+    return tuple(
+        (name, point[name]) for name, key in keys.items() if not key.startswith(LAUNCH_PREFIX) and decides_learning(key)
+    )
 
 
 def begun_with(args: argparse.Namespace) -> dict[str, Any]:

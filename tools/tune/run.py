@@ -34,6 +34,7 @@ from tools.tune.session import Session
 from tools.tune.verify import Verifier, show_verdict
 
 ALL_FAILED = 5  # first trials, after which a search in which nothing runs is given up
+MORE_SEARCHES = 2  # each a quarter of the launches, among what is left where all that is fast has failed in quality
 BASE = "base"
 
 
@@ -76,8 +77,15 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     searcher = PredictorSearcher(featuriser, args.seed, args.searcher, args.launches, known)
     with make_launcher(args, session.folder) as launcher:
         search = Search(session, searcher, plans, args.launches, args.steps)
-        search.go(launcher)
-        return Verifier(session, launcher, plans, args).go()
+        verifier = Verifier(session, launcher, plans, args)
+        searcher.allows = lambda point: not verifier.is_worse(point)
+        for more in (0, *[max(1, args.launches // 4)] * MORE_SEARCHES):
+            search.more(more)
+            search.go(launcher)
+            verdict = verifier.go()
+            if verdict["accepted"] or not verifier.may_find_more:
+                break
+        return verdict
 
 
 def show(result: dict[str, Any], console: Console) -> None:
@@ -120,6 +128,10 @@ class Search:
         if self.asked:
             done = len(self.searcher.told)
             self.session.console.print(f"going on: {done} of {self.launches} launches have results")
+
+    def more(self, launches: int) -> None:
+        self.launches += launches
+        self.searcher.budget = self.launches
 
     def go(self, launcher: Launcher) -> None:
         """Raises UserError: the base configuration fails, or all trials do."""

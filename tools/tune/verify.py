@@ -13,11 +13,11 @@ from rich.console import Console
 
 from dlrm_scale.errors import UserError
 from dlrm_scale.sharding.plan import save_plan
-from dlrm_scale.tuning.knobs import Point
+from dlrm_scale.tuning.knobs import Point, Value
 from dlrm_scale.tuning.launcher import Launcher, Limits
 from dlrm_scale.tuning.plans import Plans
 from dlrm_scale.tuning.trial import Trial, as_many_samples, overrides_file, samples_per_second, whole
-from tools.tune.common import base_job, base_trial, point_trial
+from tools.tune.common import base_job, base_trial, learning_settings, point_trial
 from tools.tune.session import Session, write_whole
 
 MOST_CANDIDATES = 8
@@ -92,19 +92,43 @@ class Verifier:
     def __init__(self, session: Session, launcher: Launcher, plans: Plans, args: argparse.Namespace) -> None:
         self.session, self.launcher, self.plans, self.args = session, launcher, plans, args
         self.space, self.console = session.space, session.console
-        # one at a time and to the end: runs beside each other, or cut short, are not comparable
-        launcher.limits = Limits(launcher.limits.time_limit_s, hopeless=0.0, parallel=1)
+        self.tried: list[dict[str, Any]] = []
+        self.worse: set[tuple[tuple[str, Value], ...]] = set()  # learning settings
 
     def go(self) -> dict[str, Any]:
-        """The verdict, as result.json keeps it. Raises UserError: the base configuration fails in a repeat."""
-        tried: list[dict[str, Any]] = []
-        for name, point in self.candidates():
-            tried.append(self._try(name, point))
-            if tried[-1]["accepted"]:
-                return self._accept(name, point, tried)
-            if sum(not t.get("certain", True) for t in tried) == MOST_UNCERTAIN:
-                break
-        return self._finish({"accepted": None, "tried": tried, "exit_code": 1})
+        """The verdict, as result.json keeps it; a second call goes on with what was measured since.
+
+        Raises:
+            UserError: the base configuration fails in a repeat.
+        """
+        # one at a time and to the end: runs beside each other, or cut short, are not comparable
+        limits = self.launcher.limits
+        self.launcher.limits = Limits(limits.time_limit_s, hopeless=0.0, parallel=1)
+        try:
+            for name, point in self.candidates():
+                if self.is_worse(point) or name in {t["trial"] for t in self.tried}:
+                    continue
+                if len(self.tried) == MOST_CANDIDATES or self._num_uncertain == MOST_UNCERTAIN:
+                    break
+                self.tried.append(self._try(name, point))
+                if self.tried[-1]["accepted"]:
+                    return self._accept(name, point, self.tried)
+        finally:
+            self.launcher.limits = limits
+        return self._finish({"accepted": None, "tried": self.tried, "exit_code": 1})
+
+    @property
+    def _num_uncertain(self) -> int:
+        return sum(not t.get("certain", True) for t in self.tried)
+
+    @property
+    def may_find_more(self) -> bool:
+        """Whether points were left out for their quality, so that others may still win."""
+        return bool(self.worse) and len(self.tried) < MOST_CANDIDATES and self._num_uncertain < MOST_UNCERTAIN
+
+    def is_worse(self, point: Point) -> bool:
+        """Whether a point that learns the same has failed in quality."""
+        return learning_settings(self.space, point) in self.worse
 
     def candidates(self) -> list[tuple[str, Point]]:
         """Measured points that were faster than the base, the fastest first."""
@@ -112,7 +136,7 @@ class Verifier:
         base = samples_per_second(by_name["base"])
         speeds = {name: samples_per_second(by_name[name]) for name in asked if name in by_name}
         faster = sorted((name for name, speed in speeds.items() if speed > base), key=lambda name: -speeds[name])
-        return [(name, self.space.point(asked[name])) for name in faster[:MOST_CANDIDATES]]
+        return [(name, self.space.point(asked[name])) for name in faster]
 
     def _try(self, name: str, point: Point) -> dict[str, Any]:
         found: dict[str, Any] = {"trial": name, "point": dict(point), "accepted": False}
@@ -132,6 +156,7 @@ class Verifier:
         found["quality"] = [q.as_json() for q in qualities]
         worse = [q for q in qualities if not q.is_within_noise]
         if worse:
+            self.worse.add(learning_settings(self.space, point))
             q = worse[0]
             return {
                 **found,
