@@ -26,5 +26,5 @@ class _Compiled:
         except TorchDynamoException as e:  # no C++ compiler or Triton, or an operation that it does not know
             self.forward = self.plain
             why = next((line.strip() for line in str(e).splitlines() if line.strip()), type(e).__name__)
-            warnings.warn(f"train.compile: {self.name} runs as it is, since it cannot be compiled: {why}", stacklevel=2)
+            warnings.warn(f"train.compile: {self.name} runs as it is, since it cannot be compiled: {why}", stacklevel=1)
             return self.plain(*args)

@@ -65,7 +65,7 @@ def run(config: RunConfig, preemption: Preemption | None = None, started_at: flo
     rank = this_rank(config.device)
     check_num_ranks(config, rank.world_size)
     console = Console() if rank.is_first else None
-    if console and config.train.precision == "bf16" and rank.device.type == "cpu" and not _cpu_has_bf16():
+    if console and config.train.precision == "bf16" and rank.device.type == "cpu" and not cpu_has_bf16():
         console.print(
             "note: this CPU has no bf16 instructions; train.precision=bf16 will be several times slower than fp32"
         )
@@ -166,7 +166,7 @@ def _plan_of(manifest: Manifest) -> Plan:
     return Plan.model_validate_json(json.dumps(manifest.plan))
 
 
-def _cpu_has_bf16() -> bool:
+def cpu_has_bf16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 

@@ -1,5 +1,6 @@
 """What this machine could do at most, measured on all ranks at once, and what a training step asks of it, counted."""
 
+import statistics
 from dataclasses import dataclass
 
 import torch
@@ -7,9 +8,11 @@ import torch.distributed as dist
 
 from dlrm_scale.config import RunConfig
 from dlrm_scale.models.dense_trace import count_flops
+from dlrm_scale.training.run import cpu_has_bf16
 from tools.benchmark.timing import Case, time_interleaved
 
-MATRIX = {"cpu": 2048, "cuda": 8192}  # rows and columns: large enough to reach the peak
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+MATRIX = {"cpu": 1024, "cuda": 8192}  # rows and columns: large enough to reach the peak
 COPY_BYTES = {"cpu": 2**27, "cuda": 2**30}  # far over any cache
 SECONDS = 1.5
 ID_BYTES, FLOAT_BYTES = 8, 4
@@ -25,7 +28,7 @@ STATE_FLOATS = {
 class Peaks:
     """Of all ranks together."""
 
-    flops_per_s: dict[str, float]  # by precision: a large matrix product
+    flops_per_s: dict[str, float]  # by precision: a large matrix product; no bf16 on a CPU without instructions for it
     copy_bytes_per_s: float  # read + write
 
 
@@ -46,17 +49,20 @@ def measure_peaks(device: torch.device) -> Peaks:
     """Collective. The slowest rank's median counts for all."""
     size = MATRIX[device.type]
     cases = {}
-    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+    for precision, dtype in DTYPES.items():
+        if precision == "bf16" and device.type == "cpu" and not cpu_has_bf16():
+            continue  # one product would take minutes
         a, b, out = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(3))
         cases[precision] = Case(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), finish=_finish(device))
     source, target = (torch.ones(COPY_BYTES[device.type] // FLOAT_BYTES, device=device) for _ in range(2))
     cases["copy"] = Case(lambda: target.copy_(source), finish=_finish(device))
     seconds = time_interleaved(cases, SECONDS, align=dist.barrier, agree=_first_rank_says)
-    slowest = torch.tensor([sorted(s)[len(s) // 2] for s in seconds.values()], dtype=torch.float64)
+    slowest = torch.tensor([statistics.median(s) for s in seconds.values()], dtype=torch.float64)
     dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
-    fp32, bf16, copy = slowest.tolist()
+    *products, copy = slowest.tolist()
     ranks = dist.get_world_size()
-    flops = {"fp32": ranks * 2 * size**3 / fp32, "bf16": ranks * 2 * size**3 / bf16}
+    precisions = [name for name in seconds if name in DTYPES]
+    flops = {name: ranks * 2 * size**3 / s for name, s in zip(precisions, products, strict=True)}
     return Peaks(flops, ranks * 2 * COPY_BYTES[device.type] / copy)
 
 

@@ -221,17 +221,17 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 # ------------------------------------------------------------ to read
 def show(result: dict[str, Any], console: Console) -> None:
-    title = f"{result['config']}, {result['steps']} steps, {result['repeats']} repeats: medians (least to most)"
+    title = f"{result['config']}, {result['steps']} steps, {result['repeats']} repeats: medians, of ratios least..most; GB: host, a rank"
     grid = Table(title=title, title_justify="left")
-    for column in ("", "samples/s", "over base", "step ms p50 / p90", "MFU", "MBU", "GB a rank"):
-        grid.add_column(column, justify="right" if column else "left")
+    for column in ("", "samples/s", "over base", "ms p50 / p90", "MFU", "MBU", "GB"):
+        grid.add_column(column, justify="right" if column else "left", no_wrap=bool(column))
     for name, found in result["variants"].items():
         speed, ratio, runs = found["samples_per_s"], found["over_base"], found["runs"]
-        mfu = _median(run["mfu"][run["precision"]] for run in runs)
+        mfu = _median(run["mfu"].get(run["precision"]) for run in runs)
         p50, p90 = (_median(run["step_ms"][p] for run in runs) for p in ("p50", "p90"))
         grid.add_row(
             name,
-            f"{speed['median']:,.0f} ({speed['least']:,.0f}..{speed['most']:,.0f})",
+            f"{speed['median']:,.0f}",
             "" if name == BASE else f"{ratio['median']:.2f} ({ratio['least']:.2f}..{ratio['most']:.2f})",
             f"{p50:,.1f} / {p90:,.1f}",
             "-" if mfu is None else f"{mfu:.1%}",
@@ -240,7 +240,7 @@ def show(result: dict[str, Any], console: Console) -> None:
         )
     console.print(grid)
     stages = Table(title="median ms of a step, by stage", title_justify="left")
-    for column in ("", *(stage.replace("_", " ") for stage in STAGES)):
+    for column in ("", *(stage.replace("embedding", "table").replace("_", "\n") for stage in STAGES)):
         stages.add_column(column, justify="right" if column else "left")
     for name, found in result["variants"].items():
         if found["runs"][0]["stage_ms"]:
