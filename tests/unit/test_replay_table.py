@@ -1,6 +1,7 @@
 """The replay table: a call that goes on, and records that the benchmarks read."""
 
 import argparse
+from pathlib import Path
 
 import pytest
 
@@ -61,3 +62,15 @@ def test_a_table_that_is_cut_off_is_named(tmp_path, content):
     (tmp_path / "table.jsonl.gz").write_bytes(content)
     with pytest.raises(ConfigError, match=r"cannot read the records .*table\.jsonl\.gz"):
         read_records([tmp_path / "table.jsonl.gz"])
+
+
+def test_the_table_that_is_kept_is_of_the_space_beside_it():
+    """It ends when configs/criteo_80k.yaml or the cluster file changes: measure it anew then, with the command in docs/results/tuner.md."""
+    replay = Path(__file__).parents[2] / "docs" / "results" / "replay"
+    space = load_space(replay / "criteo_80k.yaml")
+    history = read_records([replay / "criteo_80k.jsonl.gz"])
+    assert history.problems == ()
+    assert {space.point(r.trial.point) for r in history.records} == set(space.enumerate())
+    assert {r.trial.space for r in history.records} == {space.fingerprint} and {
+        len(r.repeats_ms) for r in history.records
+    } == {2}
