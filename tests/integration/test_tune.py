@@ -190,7 +190,7 @@ def test_a_hopeless_trial_is_stopped_early_and_a_search_without_gain_says_so(tmp
 def test_a_trial_that_takes_too_long_is_a_result(tmp_path):
     tune = Tune(tmp_path, {"batch": BATCH}, QUICK)
     code, _, errors = tune.call("collect", "--points", "1", "--time-limit", "2")
-    assert code == 1 and tune.records()["trial_0001"]["reason"] == "not done after the time limit of 2 s"
+    assert code == 1 and tune.records()["trial_0001"]["reason"] == "not done after the time limit of 2 s (--time-limit)"
     assert tune.ranks() == {} and "not done after the time limit" in errors
 
 
