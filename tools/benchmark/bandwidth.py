@@ -78,13 +78,13 @@ def _from_first_rank(go_on: bool) -> bool:
     return bool(verdict.item())
 
 
-def _finish(device: torch.device) -> Callable[[], None]:
+def finish_of(device: torch.device) -> Callable[[], None]:
     return torch.cuda.synchronize if device.type == "cuda" else lambda: None
 
 
 def _memory_cases(device: torch.device, memory: str) -> Iterator[tuple[Thing, Case]]:
     scale = CUDA_SCALE if device.type == "cuda" else 1
-    finish = _finish(device)
+    finish = finish_of(device)
     source, target = (torch.ones(scale * COPY_BYTES // 4, device=device) for _ in range(2))
     yield (
         Thing(f"{memory} copy, read + write", 1, 2 * scale * COPY_BYTES),
@@ -110,7 +110,7 @@ def _link_cases(device: torch.device) -> Iterator[tuple[Thing, Case]]:
     host, hbm = torch.ones(COPY_BYTES // 4).pin_memory(), torch.ones(COPY_BYTES // 4, device=device)
     for name, source, target in (("host to HBM", host, hbm), ("HBM to host", hbm, host)):
         call = lambda source=source, target=target: target.copy_(source, non_blocking=True)  # noqa: E731
-        yield Thing(name, 1, COPY_BYTES), Case(call, finish=_finish(device))
+        yield Thing(name, 1, COPY_BYTES), Case(call, finish=finish_of(device))
 
 
 def _collective_cases(device: torch.device, group: dist.ProcessGroup, size: int) -> Iterator[tuple[Thing, Case]]:
@@ -127,4 +127,4 @@ def _collective_cases(device: torch.device, group: dist.ProcessGroup, size: int)
         }
         calls_per_sample = max(1, MIB // message_bytes)
         for name, call in calls.items():
-            yield Thing(name, size, part * size * 4), Case(call, calls_per_sample, _finish(device))
+            yield Thing(name, size, part * size * 4), Case(call, calls_per_sample, finish_of(device))

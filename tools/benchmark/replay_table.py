@@ -30,9 +30,9 @@ from tools.benchmark.cluster import positive
 from tools.benchmark.ranks import run_on_ranks
 from tools.benchmark.replay_ranks import train_points
 from tools.benchmark.search import LEAST_MEASURED
+from tools.benchmark.truth_ranks import DRAIN_STEPS
 from tools.benchmark.tuning_workloads import random_space
 
-PIPELINE_DEPTH = 2  # batches that TrainPipelineSparseDist has under way
 PERCENTILES = ("p10", "p50", "p90")
 
 
@@ -155,7 +155,7 @@ def configured(row: Row, steps: int) -> RunConfig:
     """For `steps` steps that are alike: more follow, so that to the last of them batches are read and ids exchanged ahead, and
     nothing is logged in between."""
     tree = row.job.config.model_dump(mode="json")
-    total = steps + max(PIPELINE_DEPTH, row.job.config.data.prefetch_batches)
+    total = steps + max(DRAIN_STEPS, row.job.config.data.prefetch_batches)
     for change in (*short(steps), f"train.max_steps={total}", f"log.every_steps={total}"):
         apply_override(tree, change)
     return parse_config(tree, "a point of the space")

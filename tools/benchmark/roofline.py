@@ -8,20 +8,18 @@ import torch.distributed as dist
 
 from dlrm_scale.config import RunConfig
 from dlrm_scale.models.dense_trace import count_flops
+from dlrm_scale.sharding.options import ELEMENT_BYTES
+from dlrm_scale.sharding.storage import OPTIMIZER_STATES, STATE_BYTES
+from dlrm_scale.training.ranks import from_first_rank
 from dlrm_scale.training.run import cpu_has_bf16
+from tools.benchmark.bandwidth import ID_BYTES, finish_of
 from tools.benchmark.timing import Case, time_interleaved
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MATRIX = {"cpu": 1024, "cuda": 8192}  # rows and columns: large enough to reach the peak
 COPY_BYTES = {"cpu": 2**27, "cuda": 2**30}  # far over any cache
 SECONDS = 1.5
-ID_BYTES, FLOAT_BYTES = 8, 4
-ELEMENT_BYTES = {"fp32": 4, "fp16": 2}
-# of an optimizer's state: numbers for a row, and numbers for each of its elements
-STATE_FLOATS = {
-    **{"sgd": (0, 0), "rowwise_adagrad": (1, 0), "adagrad": (0, 1)},
-    **{"partial_rowwise_adam": (1, 1), "adam": (0, 2), "lamb": (0, 2)},
-}
+FLOAT_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -53,10 +51,10 @@ def measure_peaks(device: torch.device) -> Peaks:
         if precision == "bf16" and device.type == "cpu" and not cpu_has_bf16():
             continue  # one product would take minutes
         a, b, out = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(3))
-        cases[precision] = Case(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), finish=_finish(device))
+        cases[precision] = Case(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), finish=finish_of(device))
     source, target = (torch.ones(COPY_BYTES[device.type] // FLOAT_BYTES, device=device) for _ in range(2))
-    cases["copy"] = Case(lambda: target.copy_(source), finish=_finish(device))
-    seconds = time_interleaved(cases, SECONDS, align=dist.barrier, agree=_first_rank_says)
+    cases["copy"] = Case(lambda: target.copy_(source), finish=finish_of(device))
+    seconds = time_interleaved(cases, SECONDS, align=dist.barrier, agree=from_first_rank)
     slowest = torch.tensor([statistics.median(s) for s in seconds.values()], dtype=torch.float64)
     dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
     *products, copy = slowest.tolist()
@@ -64,16 +62,6 @@ def measure_peaks(device: torch.device) -> Peaks:
     precisions = [name for name in seconds if name in DTYPES]
     flops = {name: ranks * 2 * size**3 / s for name, s in zip(precisions, products, strict=True)}
     return Peaks(flops, ranks * 2 * COPY_BYTES[device.type] / copy)
-
-
-def _finish(device: torch.device):
-    return torch.cuda.synchronize if device.type == "cuda" else lambda: None
-
-
-def _first_rank_says(go_on: bool) -> bool:
-    verdict = torch.tensor([int(go_on)])
-    dist.broadcast(verdict, src=0)
-    return bool(verdict.item())
 
 
 def count_work(config: RunConfig, num_ranks: int) -> Work:
@@ -84,12 +72,12 @@ def count_work(config: RunConfig, num_ranks: int) -> Work:
 
 def embedding_bytes(config: RunConfig) -> int:
     schema, batch = config.features, config.train.global_batch_size
-    of_row, of_element = STATE_FLOATS[config.train.sparse.name]
+    states_by_weight, states_by_row = OPTIMIZER_STATES[config.train.sparse.name]
     total = 0.0
     for name, table in schema.tables.items():
         row = table.embedding_dim * ELEMENT_BYTES[table.data_type]
         out = table.embedding_dim * FLOAT_BYTES
-        state = (of_row + of_element * table.embedding_dim) * FLOAT_BYTES
+        state = (states_by_row + states_by_weight * table.embedding_dim) * STATE_BYTES
         for feature in schema.features_of(name):
             ids = schema.expected_ids[feature]
             vectors = ids if name in schema.sequence_tables else 1  # a pooled one a sample, or one an id

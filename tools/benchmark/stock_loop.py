@@ -26,6 +26,7 @@ from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 from dlrm_scale.config import DCNv2Config, DLRMConfig, RunConfig
 from dlrm_scale.data.open import open_source
 from dlrm_scale.errors import ConfigError
+from dlrm_scale.meta import META
 from dlrm_scale.training.monitor import peak_memory_bytes
 from dlrm_scale.training.ranks import Rank, process_group, this_rank
 from tools.benchmark.roofline import measure_peaks
@@ -113,7 +114,7 @@ def _model(config: RunConfig, rank: Rank) -> DistributedModelParallel:
         for name, table in schema.tables.items()
     ]
     parts: dict[str, Any] = {
-        "embedding_bag_collection": EmbeddingBagCollection(tables, device=torch.device("meta")),
+        "embedding_bag_collection": EmbeddingBagCollection(tables, device=META),
         "dense_in_features": len(schema.dense),
         "dense_arch_layer_sizes": [*arch.bottom_hidden, dim],
         "over_arch_layer_sizes": [*arch.top_hidden, 1],

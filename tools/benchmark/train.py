@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from dlrm_scale.tuning.knobs import RANKS_KEY, THREADS_KEY
 from dlrm_scale.tuning.trial import short
 from tools.benchmark.cluster import positive
 from tools.benchmark.ranks import run_on_ranks
-from tools.benchmark.roofline import count_work
+from tools.benchmark.roofline import Work, count_work
 from tools.benchmark.stock_loop import check, measure_stock
 from tools.benchmark.train_ranks import SKIPS, RankRun, measure_training, trace_training
 
@@ -70,6 +71,11 @@ class Variant:
     threads: int
     measure: Callable[["Variant", Callable[[str], Any]], dict[str, Any]]
     skip: str = ""
+
+    @cached_property
+    def work(self) -> Work:
+        """The same in every repeat, and seconds to count."""
+        return count_work(self.config, self.ranks)
 
 
 def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
@@ -188,7 +194,7 @@ def _git(*words: str) -> None:
 def figures(variant: Variant, ranks: Sequence[RankRun]) -> dict[str, Any]:
     """Of one run. mfu and mbu: counted FLOPs and embedding bytes a second, over what the ranks measured right after it."""
     first, config = ranks[0], variant.config
-    work = count_work(config, variant.ranks)
+    work = variant.work
     steps_per_s = first.samples_per_s / config.train.global_batch_size
     p10, p50, p90 = np.percentile(first.step_ms, (10, 50, 90)).tolist()
     counts_flops = variant.skip != "dense"
