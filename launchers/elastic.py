@@ -17,6 +17,7 @@ from functools import partial
 from types import FrameType
 from typing import Any
 
+from dlrm_scale.allocator import keep_freed_memory
 from dlrm_scale.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_RESUME, EXIT_USAGE
 from dlrm_scale.libraries import loading_libraries
 
@@ -125,6 +126,7 @@ def main(argv: list[str]) -> int:
     # It would report each rank that it stops; `failure_summary` says the same in one line.
     for part in ("multiprocessing", "agent.server"):
         logging.getLogger(f"torch.distributed.elastic.{part}.api").setLevel(logging.CRITICAL)
+    keep_freed_memory(os.environ)
     os.environ["DLRM_SCALE_STARTED"] = datetime.now().strftime("%Y%m%d-%H%M%S")  # one for all restarts
     stop = Stop(GRACE_SECONDS if args.shutdown_timeout is None else args.shutdown_timeout)
     args.signals_to_handle = "SIGINT,SIGHUP,SIGQUIT"  # torchrun's own handling: end the ranks, and itself

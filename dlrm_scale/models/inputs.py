@@ -22,6 +22,22 @@ def wait(lookup: Any) -> Any:
     return lookup.wait() if isinstance(lookup, Awaitable) else lookup
 
 
+def in_bf16(
+    dense_BF: Tensor, pooled: KeyedTensor | None, embedded: Embedded | None
+) -> tuple[Tensor, KeyedTensor | None, Embedded | None]:
+    """The arch's inputs cast once, so that no elementwise operation behind them mixes precisions (on a CPU ten times slower)."""
+    if pooled is not None:
+        pooled = KeyedTensor(
+            pooled.keys(), pooled.length_per_key(), pooled.values().bfloat16(), key_dim=pooled.key_dim()
+        )
+    if embedded is not None:
+        embedded = {
+            name: JaggedTensor(jagged.values().bfloat16(), lengths=jagged.lengths(), offsets=jagged.offsets())
+            for name, jagged in embedded.items()
+        }
+    return dense_BF.bfloat16(), pooled, embedded
+
+
 def categorical_vectors(schema: FeatureSchema, pooled: KeyedTensor | None, embedded: Embedded | None) -> list[Tensor]:
     """One (B, D_table) for each of `schema.categorical`, in that order; a sample without an id gets zeros."""
     of = {} if pooled is None else pooled.to_dict()  # one split: its backward is one concatenation

@@ -21,7 +21,7 @@ class LowRankCross(nn.Module):
     def forward(self, x0_BD: Tensor) -> Tensor:
         x_BD = x0_BD
         for down, up in zip(self.down, self.up, strict=True):
-            x_BD = torch.addcmul(x_BD, x0_BD, up(down(x_BD)))
+            x_BD = x_BD + x0_BD * up(down(x_BD))
         return x_BD
 
 

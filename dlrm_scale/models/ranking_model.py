@@ -19,7 +19,7 @@ from dlrm_scale.models.compiled import compile_arch
 from dlrm_scale.models.dcn import DCNv2
 from dlrm_scale.models.dlrm import DLRM
 from dlrm_scale.models.embeddings import Embeddings
-from dlrm_scale.models.inputs import Embedded, wait
+from dlrm_scale.models.inputs import Embedded, in_bf16, wait
 from dlrm_scale.models.interformer import InterFormer
 from dlrm_scale.models.logistic import Logistic
 
@@ -46,6 +46,8 @@ class DensePart(nn.Module):
 
     def forward(self, dense_BF: Tensor, pooled: KeyedTensor | None, embedded: Embedded | None) -> Tensor:
         pooled, embedded = wait(pooled), wait(embedded)
+        if self.bf16:
+            dense_BF, pooled, embedded = in_bf16(dense_BF, pooled, embedded)
         with torch.autocast(dense_BF.device.type, torch.bfloat16, enabled=self.bf16):
             logits_BT = self.arch(dense_BF, pooled, embedded)
         return logits_BT.float()

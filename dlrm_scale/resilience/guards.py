@@ -9,6 +9,7 @@ Sharded tables step inside their backward pass, so that pass must not begin befo
 What arrives at a table is bitwise what one backward pass would have brought there.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -156,11 +157,12 @@ class Guard:
 
 
 def any_bad(tensors: list[Tensor], like: Tensor) -> Tensor:
-    """A bool scalar on `like`'s device, without a wait for it. The largest magnitude is not finite if any element is not."""
+    """A bool scalar on `like`'s device: whether any element is not finite. On CUDA without a wait for it."""
     tensors = [t for t in tensors if t.numel()]  # a batch without ids has empty ones
-    if not tensors:
+    # A sum without a fault proves all its terms finite, and takes a tenth of the norm's time on a CPU.
+    if not tensors or (like.device.type == "cpu" and all(math.isfinite(t.sum().item()) for t in tensors)):
         return torch.zeros((), dtype=torch.bool, device=like.device)
-    largest = torch._foreach_norm(tensors, float("inf"))
+    largest = torch._foreach_norm(tensors, float("inf"))  # not finite if any element is not
     return ~torch.isfinite(torch.stack([norm.float() for norm in largest])).all()
 
 

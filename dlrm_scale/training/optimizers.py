@@ -134,7 +134,7 @@ class TrainOptimizer:
 
 
 def _dense_optimizer(parameters: list[nn.Parameter], config: DenseOptimizer) -> torch.optim.Optimizer:
-    options = {"lr": config.lr, "weight_decay": config.weight_decay}
+    options = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": True}  # one pass over memory
     if config.name == "sgd":
         return torch.optim.SGD(parameters, **options)
     rules = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "adagrad": torch.optim.Adagrad}
@@ -142,7 +142,7 @@ def _dense_optimizer(parameters: list[nn.Parameter], config: DenseOptimizer) -> 
     if config.name != "adagrad":  # it makes its state now; the Adams would at the first step, too late to load it into
         for p in parameters:
             optimizer.state[p] = {
-                "step": torch.zeros(()),
+                "step": torch.zeros((), device=p.device),
                 "exp_avg": torch.zeros_like(p, memory_format=torch.preserve_format),
                 "exp_avg_sq": torch.zeros_like(p, memory_format=torch.preserve_format),
             }

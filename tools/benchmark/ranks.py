@@ -6,11 +6,13 @@ import pickle
 import signal
 import socket
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+from dlrm_scale.allocator import VARIABLE, keep_freed_memory
 from dlrm_scale.errors import PeerError, UserError
 from dlrm_scale.libraries import loading_libraries
 
@@ -24,8 +26,11 @@ def run_on_ranks(
     num_ranks: int,
     ranks_per_host: int,
     told: Callable[[Any], Any] = lambda message: None,
+    plain_allocator: bool = False,
 ) -> list[Any]:
     """`work(tell, *arguments)` on every rank at once, with torchrun's environment variables; what it returns, by rank.
+
+    They get memory as our launcher's ranks do, or with `plain_allocator` as any process does.
 
     `work` must be importable. What a rank says with `tell` reaches `told` here; one of them must speak every now and then.
 
@@ -52,7 +57,8 @@ def run_on_ranks(
                 "MASTER_PORT": port,
             }
             process = context.Process(target=_serve, args=(theirs, environment, job), daemon=True)
-            process.start()
+            with nullcontext() if plain_allocator else _freed_memory_kept():
+                process.start()
             theirs.close()
             pipes[ours] = index
             processes.append(process)
@@ -61,6 +67,15 @@ def run_on_ranks(
         for process in processes:
             process.kill()
             process.join()
+
+
+@contextmanager
+def _freed_memory_kept() -> Iterator[None]:
+    before = os.environ.get(VARIABLE)
+    keep_freed_memory(os.environ)
+    yield
+    if before is None:
+        del os.environ[VARIABLE]
 
 
 def _results(pipes: dict[Connection, int], processes: list[BaseProcess], told: Callable[[Any], Any]) -> list[Any]:

@@ -152,8 +152,10 @@ def measure_here(variant: Variant, tell: Callable[[str], Any]) -> dict[str, Any]
 
 
 def _measure_stock(variant: Variant, tell: Callable[[str], Any]) -> dict[str, Any]:
+    """As its users start it: not by our launcher."""
     arguments = (variant.config, variant.threads)
-    return figures(variant, run_on_ranks(measure_stock, arguments, variant.ranks, variant.ranks, tell))
+    ranks = run_on_ranks(measure_stock, arguments, variant.ranks, variant.ranks, tell, plain_allocator=True)
+    return figures(variant, ranks)
 
 
 @contextmanager
