@@ -48,4 +48,4 @@ def normal(key: np.uint64, counter: np.ndarray) -> np.ndarray:
 
 def permutation(key: np.uint64, n: int) -> np.ndarray:
     """int64 (n,): a random order of 0 .. n - 1."""
-    return np.argsort(hash64(key, np.arange(n)), kind="stable")
+    return np.argsort(hash64(key, np.arange(n)))  # hash64 is a bijection: no two are equal, any sort gives this order
