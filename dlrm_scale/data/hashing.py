@@ -26,11 +26,12 @@ def stream(*parts: str | int) -> np.uint64:
     return np.uint64(int.from_bytes(digest, "little"))
 
 
-def by_chunks(function: Callable[[np.ndarray], np.ndarray], counter: np.ndarray) -> np.ndarray:
-    """`function(counter)`, of a function of each element alone; quicker than at once where `counter` is long."""
-    if len(counter) <= _CHUNK:
-        return function(counter)
-    return np.concatenate([function(counter[i : i + _CHUNK]) for i in range(0, len(counter), _CHUNK)])
+def by_chunks(function: Callable[..., np.ndarray], *columns: np.ndarray) -> np.ndarray:
+    """`function(*columns)`, of a function of each element alone; quicker than at once where the columns are long."""
+    num = len(columns[0])
+    if num <= _CHUNK:
+        return function(*columns)
+    return np.concatenate([function(*(c[i : i + _CHUNK] for c in columns)) for i in range(0, num, _CHUNK)])
 
 
 def hash64(key: np.uint64, counter: np.ndarray) -> np.ndarray:

@@ -207,17 +207,21 @@ class SyntheticSource:
         """Ranks of `table` by popularity, a `taste` part of them moved to the nearest rank of one of the favourite clusters
         of their row."""
         num = self._schema.tables[table].num_embeddings
-        ranks = self._popular(counter, num, *what)
         key = stream(self._seed, "taste", *what)
-        choice = by_chunks(lambda part: uniform(key, part) / taste, counter)
-        moving = np.flatnonzero(choice < 1)
-        chosen = (choice[moving] * _NUM_FAVOURITES).astype(np.int64)
-        chosen += rows[moving] * _NUM_FAVOURITES
-        moved = ranks[moving]
-        moved -= modulo(moved, clusters)
-        moved += favourites_RC.ravel().take(chosen)
-        ranks[moving] = np.where(moved < num, moved, moved - clusters)
-        return ranks
+
+        def draw(counter: np.ndarray, rows: np.ndarray) -> np.ndarray:
+            ranks = self._popular(counter, num, *what)
+            choice = uniform(key, counter) / taste
+            moving = np.flatnonzero(choice < 1)
+            chosen = (choice[moving] * _NUM_FAVOURITES).astype(np.int64)
+            chosen += rows[moving] * _NUM_FAVOURITES
+            moved = ranks[moving]
+            moved -= modulo(moved, clusters)
+            moved += favourites_RC.ravel().take(chosen)
+            ranks[moving] = np.where(moved < num, moved, moved - clusters)
+            return ranks
+
+        return by_chunks(draw, counter, rows)
 
     def _derived(self, table: str, other: str, ranks: np.ndarray) -> np.ndarray:
         """The rank in table `other` that belongs to each rank of `table`: its cluster if `other` is small, else a popular one by hash."""

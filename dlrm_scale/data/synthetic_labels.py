@@ -125,7 +125,7 @@ class LabelFunction:
         events = draw.ranks[first.name]
         lengths, clusters = events.lengths, num_clusters(self._schema, sequence)
         row_of_event = _rows(events)
-        group_of_event = modulo(modulo(events.values, clusters), _GROUPS)
+        group_of_event = by_chunks(lambda ranks: modulo(modulo(ranks, clusters), _GROUPS), events.values)
         age_of_event = np.repeat(events.offsets[1:] - 1, lengths)
         age_of_event -= np.arange(len(events.values))
         recency = ((1 - _RECENCY) * _RECENCY ** np.arange(sequence.max_length)).take(age_of_event)
