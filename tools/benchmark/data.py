@@ -185,11 +185,12 @@ def summary(passes: list[Pass], loader: list[Pass]) -> dict[str, Any]:
 def show(result: dict[str, Any], console: Console) -> None:
     title = f"{result['config']}: {result['rows']:,} rows a round, {result['rounds']} rounds: median (p10..p90)"
     grid = Table(title=title, title_justify="left")
-    for column in ("", "rows/s a core", "rows/s", "over loader"):
+    for column in ("", "rows/s a core", "wall clock", "over loader"):
         grid.add_column(column, justify="right" if column else "left", no_wrap=True)
     for name, found in result["readings"].items():
-        speeds = [_range(Spread(**found[key]), ",.0f") for key in ("rows_per_core_s", "rows_per_s")]
-        grid.add_row(name, *speeds, _range(Spread(**found["over_loader"]), ".2f") if name != "loader" else "")
+        of_loader = _range(Spread(**found["over_loader"]), ".2f") if name != "loader" else ""
+        wall = f"{found['rows_per_s']['median']:,.0f}"
+        grid.add_row(name, _range(Spread(**found["rows_per_core_s"]), ",.0f"), wall, of_loader)
     console.print(grid)
     loader = result["readings"]["loader"]
     for part, ns in loader["parts_ns_per_row"].items():
