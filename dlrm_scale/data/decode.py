@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dlrm_scale.data.columns import is_list
+from dlrm_scale.data.hashing import modulo
 from dlrm_scale.data.source import Jagged, Rows
 from dlrm_scale.errors import DataError
 from dlrm_scale.features import DenseFeature, FeatureSchema, Sequence
@@ -61,6 +62,7 @@ class _Block:
         self.first_row = first_row
         self.mended = mended
         self.num_rows = len(columns[schema.labels[0]])
+        self.one_each = np.arange(self.num_rows + 1)  # the offsets of every feature that has one id in each row
 
     def rows(self) -> Rows:
         dense_RF = np.empty((self.num_rows, len(self.schema.dense)), np.float32)
@@ -88,10 +90,10 @@ class _Block:
             values_R = np.where(null_R, feature.missing, column.fill_null(0).to_numpy(zero_copy_only=False))
         else:
             values_R = column.to_numpy(zero_copy_only=False)
-        values_R = values_R.astype(np.float64, copy=False)
         self._check_finite(what, values_R)
         if feature.transform == "none":
             return values_R
+        values_R = values_R.astype(np.float64, copy=False)
         negative_R = values_R < 0
         if negative_R.any():
             if feature.negative == "error":
@@ -140,13 +142,17 @@ class _Block:
         return column.to_numpy(zero_copy_only=False)
 
     def _check_finite(self, what: str, values_R: np.ndarray) -> None:
-        finite_R = np.abs(values_R) <= FLOAT32_MAX  # False for NaN too
-        self._fail_if(~finite_R, f"{what} is {{value}}, but must be a finite float32; mend the data", values_R)
+        if values_R.dtype.kind != "f" or not values_R.size:
+            return  # no integer is beyond float32
+        if not (values_R.min() >= -FLOAT32_MAX and values_R.max() <= FLOAT32_MAX):  # of NaN, no comparison is true
+            values_R = values_R.astype(np.float64, copy=False)
+            finite_R = np.abs(values_R) <= FLOAT32_MAX
+            self._fail_if(~finite_R, f"{what} is {{value}}, but must be a finite float32; mend the data", values_R)
 
     # ---------------------------------------------------------------- ids
     def _single_or_bag(self, name: str, multi_hot: bool) -> Jagged:
         ids = self._raw_ids(name)
-        if not multi_hot:
+        if not multi_hot and ids.offsets is not self.one_each:
             self._fail_if(
                 ids.lengths > 1,
                 f"categorical feature {name} has {{value}} ids, but takes at most one; set its multi_hot to true",
@@ -172,12 +178,16 @@ class _Block:
             events = f"rows of sequence {sequence.name} cut to the last {sequence.max_length} events"
             self.mended[events] += int(too_long_R.sum())
             fields = _keep_last(fields, sequence.max_length)
+        else:
+            fields = {name: Jagged(ids.values, first.offsets) for name, ids in fields.items()}  # shared: see PackedIds
         return {name: self._in_range(name, ids) for name, ids in fields.items()}
 
     def _raw_ids(self, name: str) -> Jagged:
         """Ids as they stand in the file, in the file's integer type; a null row has none."""
         column = self.columns[name]
         if not is_list(column.type):
+            if not column.null_count:
+                return Jagged(column.to_numpy(), self.one_each)
             present_R = column.is_valid().to_numpy(zero_copy_only=False)
             return Jagged(column.drop_null().to_numpy(), _offsets(present_R))
         lengths_R = pc.list_value_length(column).fill_null(0).to_numpy(zero_copy_only=False)
@@ -193,9 +203,12 @@ class _Block:
         table_name = self.schema.table_of[name]
         table = self.schema.tables[table_name]
         rows = table.num_embeddings
-        # uint64 has ids that int64 has not: those stay unsigned until they are in range
-        values_N = ids.values if ids.values.dtype == np.uint64 else ids.values.astype(np.int64, copy=False)
+        values_N = ids.values
         if values_N.size and (values_N.min() < 0 or values_N.max() >= rows):
+            if (
+                values_N.dtype.kind == "i"
+            ):  # uint64 has ids that int64 has not: unsigned ones stay so until they are in range
+                values_N = values_N.astype(np.int64, copy=False)
             outside_N = (values_N < 0) | (values_N >= rows)
             if table.out_of_range == "error":
                 self._fail_at_id(
@@ -208,7 +221,7 @@ class _Block:
             if table.out_of_range == "clip":
                 values_N, done = np.clip(values_N, 0, rows - 1), f"clipped to [0, {rows - 1}]"
             else:
-                values_N, done = values_N % rows, f"taken modulo {rows}"
+                values_N, done = modulo(values_N, rows), f"taken modulo {rows}"
             self.mended[f"ids of {name} {done}"] += int(outside_N.sum())
         return Jagged(values_N.astype(np.int64, copy=False), ids.offsets)
 

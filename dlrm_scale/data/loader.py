@@ -7,9 +7,9 @@ with prefetch(batches(reader.steps(epoch), schema, ...), depth=4) as stream:
 import queue
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TypeVar
 
@@ -19,6 +19,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from dlrm_scale.data.batch import RecBatch
 from dlrm_scale.data.order import Order, Window
+from dlrm_scale.data.packed import PackedIds, pack
 from dlrm_scale.data.source import Jagged, Rows, Source
 from dlrm_scale.errors import PeerError
 from dlrm_scale.features import FeatureSchema
@@ -70,7 +71,7 @@ class Reader:
         self.accumulate_steps = accumulate_steps
         lanes = [order.lane_range(lane) for lane in owned_lanes]
         self._owned_positions = range(lanes[0].start, lanes[-1].stop)
-        self._open: dict[Window, Rows] = {}
+        self._open: dict[Window, tuple[Rows, np.ndarray | None]] = {}
         self._counted: tuple[int, dict[int, dict[str, int]]] = (0, {})
         self._earlier = self._counted
         self.on_read: Callable[[int, int, list[tuple[int, int]]], None] | None = None
@@ -102,45 +103,56 @@ class Reader:
         num_rows = self.order.lane_batch_size // self.accumulate_steps
         self._open.clear()
         self._counted = (epoch, dict(self._earlier[1]) if self._earlier[0] == epoch else {})
+        left = [
+            self.order.lane_range(lane)[first_step * self.accumulate_steps * num_rows :] for lane in self.owned_lanes
+        ]
         for micro_batch in range(
             first_step * self.accumulate_steps, self.order.steps_per_epoch * self.accumulate_steps
         ):
             parts, ranges = [], []
-            for lane in self.owned_lanes:
-                positions = self.order.lane_range(lane)[micro_batch * num_rows : (micro_batch + 1) * num_rows]
-                parts += self._read(windows, starts, positions)
-                ranges.append((positions.start, positions.stop))
+            for lane, positions in enumerate(left):
+                left[lane] = positions[num_rows:]
+                parts += self._read(windows, starts, positions[:num_rows], left)
+                ranges.append((positions.start, positions[:num_rows].stop))
             if self.on_read:
                 self.on_read(epoch, micro_batch, ranges)
-            yield concatenate(parts) if parts else take(self._rows_of(windows[0]), np.arange(0))
+            yield concatenate(parts) if parts else take(self._rows_of(windows[0])[0], np.arange(0))
 
-    def _read(self, windows: list[Window], starts: np.ndarray, positions: range) -> Iterator[Rows]:
-        """The rows at consecutive positions of the epoch's order, in parts that each lie in one window."""
+    def _read(
+        self, windows: list[Window], starts: np.ndarray, positions: range, left: Sequence[range]
+    ) -> Iterator[Rows]:
+        """The rows at consecutive positions of the epoch's order, in parts that each lie in one window.
+
+        Args:
+            left: what each lane reads after this; a window that none of them stands in is closed once it is read to its end.
+        """
         at = positions.start
         while at < positions.stop:
             window = windows[int(np.searchsorted(starts, at, side="right")) - 1]
-            end = min(positions.stop, window.start + window.num_rows)
-            part = take(self._rows_of(window), np.arange(at - window.start, end - window.start))
-            if end == window.start + window.num_rows:
+            stop = window.start + window.num_rows
+            end = min(positions.stop, stop)
+            rows, permutation = self._rows_of(window)
+            within = slice(at - window.start, end - window.start)
+            part = take(rows, np.arange(within.start, within.stop) if permutation is None else permutation[within])
+            if end == stop and not any(lane and window.start <= lane.start < stop for lane in left):
                 self._open.pop(window, None)
             yield part
             at = end
 
-    def _rows_of(self, window: Window) -> Rows:
-        """A window's rows, mixed. Kept until a lane has read to its end, so at most one for each lane here.
+    def _rows_of(self, window: Window) -> tuple[Rows, np.ndarray | None]:
+        """A window's rows, and in which order to take them. Kept while a lane stands in it, so at most one for each lane here.
 
         A lane that ends inside a window which the next lane has read on from reads it a second time.
         """
-        rows = self._open.get(window)
-        if rows is None:
+        opened = self._open.get(window)
+        if opened is None:
             before = Counter(self.source.mended)
             rows = concatenate([self._block(block) for block in window.blocks])
             counted = self._counted[1]
             if window.start in self._owned_positions and window.start not in counted:
                 counted[window.start] = dict(Counter(self.source.mended) - before)
-            permutation = window.permutation()
-            rows = self._open[window] = rows if permutation is None else take(rows, permutation)
-        return rows
+            opened = self._open[window] = (rows, window.permutation())
+        return opened
 
     def _block(self, block: int) -> Rows:
         rows, wanted = self.source.read_block(block), int(self.order.block_rows[block])
@@ -150,33 +162,27 @@ class Reader:
 def take(rows: Rows, index: np.ndarray) -> Rows:
     """The rows at `index`, in that order."""
     return Rows(
-        dense_RF=rows.dense_RF[index],
-        ids={name: _take_jagged(jagged, index) for name, jagged in rows.ids.items()},
-        labels_RT=rows.labels_RT[index],
-        weights_R=rows.weights_R[index],
-        groups_R=rows.groups_R[index],
+        dense_RF=rows.dense_RF.take(index, axis=0),
+        ids=_packed(rows).take(index),
+        labels_RT=rows.labels_RT.take(index, axis=0),
+        weights_R=rows.weights_R.take(index),
+        groups_R=rows.groups_R.take(index),
     )
 
 
-def _take_jagged(jagged: Jagged, index: np.ndarray) -> Jagged:
-    starts, lengths = jagged.offsets[:-1][index], jagged.lengths[index]
-    offsets = np.concatenate(([0], np.cumsum(lengths)))
-    where = np.repeat(starts - offsets[:-1], lengths) + np.arange(offsets[-1])
-    return Jagged(jagged.values[where], offsets)
-
-
-def concatenate(parts: list[Rows]) -> Rows:
+def concatenate(parts: Sequence[Rows]) -> Rows:
     """The rows of all parts, one part behind the other."""
     if len(parts) == 1:
-        return parts[0]
-    ids = {}
-    for name in parts[0].ids:
-        jagged = [part.ids[name] for part in parts]
-        values = np.concatenate([j.values[j.offsets[0] : j.offsets[-1]] for j in jagged])
-        offsets = np.concatenate(([0], np.cumsum(np.concatenate([j.lengths for j in jagged]))))
-        ids[name] = Jagged(values, offsets)
+        return replace(parts[0], ids=_packed(parts[0]))
     columns = ("dense_RF", "labels_RT", "weights_R", "groups_R")
-    return Rows(ids=ids, **{c: np.concatenate([getattr(part, c) for part in parts]) for c in columns})
+    return Rows(
+        ids=pack([part.ids for part in parts], [part.num_rows for part in parts]),
+        **{c: np.concatenate([getattr(part, c) for part in parts]) for c in columns},
+    )
+
+
+def _packed(rows: Rows) -> PackedIds:
+    return rows.ids if isinstance(rows.ids, PackedIds) else pack([rows.ids], [rows.num_rows])
 
 
 def batches(
@@ -226,17 +232,20 @@ def _no_rows(schema: FeatureSchema) -> Rows:
 
 
 def to_batch(rows: Rows, schema: FeatureSchema, batch_size: int, mean_rank_weight: float) -> RecBatch:
-    """`rows`, filled up to `batch_size` with rows of weight 0 that hold no id."""
+    """`rows`, filled up to `batch_size` with rows of weight 0 that hold no id. A full batch shares the memory of `rows`."""
     missing = batch_size - rows.num_rows
     assert missing >= 0, (batch_size, rows.num_rows)
+    ids = _packed(rows)
 
     def filled(column: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(np.concatenate([column, np.zeros((missing, *column.shape[1:]), column.dtype)]))
+        if missing:
+            column = np.concatenate([column, np.zeros((missing, *column.shape[1:]), column.dtype)])
+        return torch.from_numpy(column)
 
     return RecBatch(
         dense_BF=filled(rows.dense_RF),
-        bags=_keyed_jagged(rows, schema.bag_keys, missing),
-        sequences=_keyed_jagged(rows, schema.sequence_keys, missing),
+        bags=_keyed_jagged(ids, schema.bag_keys, batch_size),
+        sequences=_keyed_jagged(ids, schema.sequence_keys, batch_size),
         labels_BT=filled(rows.labels_RT),
         weights_B=filled(rows.weights_R),
         groups_B=filled(rows.groups_R),
@@ -244,14 +253,13 @@ def to_batch(rows: Rows, schema: FeatureSchema, batch_size: int, mean_rank_weigh
     )
 
 
-def _keyed_jagged(rows: Rows, keys: tuple[str, ...], missing: int) -> KeyedJaggedTensor | None:
+def _keyed_jagged(ids: PackedIds, keys: tuple[str, ...], batch_size: int) -> KeyedJaggedTensor | None:
     if not keys:
         return None
-    jagged = [rows.ids[key] for key in keys]
-    values = np.concatenate([j.values[j.offsets[0] : j.offsets[-1]] for j in jagged])
-    padding = np.zeros(missing, np.int32)
-    lengths = np.concatenate([part for j in jagged for part in (j.lengths.astype(np.int32), padding)])
-    return KeyedJaggedTensor(keys=list(keys), values=torch.from_numpy(values), lengths=torch.from_numpy(lengths))
+    values, lengths_KB = ids.keyed(keys, batch_size)
+    return KeyedJaggedTensor(
+        keys=list(keys), values=torch.from_numpy(values), lengths=torch.from_numpy(lengths_KB.ravel())
+    )
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """The interface between data in some format and the loader: a source is an indexed list of blocks of rows."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -37,7 +38,7 @@ class Rows:
     """
 
     dense_RF: np.ndarray
-    ids: dict[str, Jagged]
+    ids: Mapping[str, Jagged]
     labels_RT: np.ndarray
     weights_R: np.ndarray
     groups_R: np.ndarray

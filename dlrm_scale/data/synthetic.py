@@ -14,7 +14,7 @@ import numpy as np
 
 from dlrm_scale import config as configuration
 from dlrm_scale.config_io import fingerprint
-from dlrm_scale.data.hashing import hash64, normal, stream, uniform
+from dlrm_scale.data.hashing import by_chunks, hash64, modulo, normal, stream, uniform
 from dlrm_scale.data.source import Jagged, Rows
 from dlrm_scale.data.synthetic_labels import MAX_CLUSTERS, Draw, LabelFunction, num_clusters
 from dlrm_scale.features import CategoricalFeature, FeatureSchema, Sequence, Table
@@ -37,7 +37,9 @@ def power_law_ranks(uniform_: np.ndarray, num: int, skew: float) -> np.ndarray:
         x = (num + 1.0) ** uniform_
     else:
         x = (1 + uniform_ * ((num + 1.0) ** (1 - skew) - 1)) ** (1 / (1 - skew))
-    return np.minimum(x.astype(np.int64) - 1, num - 1)  # rounding may reach the open end
+    ranks = x.astype(np.int64)
+    ranks -= 1
+    return np.minimum(ranks, num - 1, out=ranks)  # rounding may reach the open end
 
 
 # R rows  F dense features  T tasks
@@ -138,21 +140,23 @@ class SyntheticSource:
         )
 
     def _popular(self, counter: np.ndarray, num: int, *what: str) -> np.ndarray:
-        return power_law_ranks(self._uniform(counter, "id", *what), num, self._skew)
+        key = stream(self._seed, "id", *what)
+        return by_chunks(lambda part: power_law_ranks(uniform(key, part), num, self._skew), counter)
 
     def _draw_categorical(self, f: CategoricalFeature, index_R: np.ndarray, ranks_R: np.ndarray | None) -> Jagged:
         """Ranks of one feature: `ranks_R` where another part of the sample has fixed them, else drawn by popularity."""
         num = self._schema.tables[f.table].num_embeddings
-        length_uniform = self._uniform(index_R, "length", f.name)
         if f.multi_hot:  # 0 to about twice the pooling factor
-            lengths = (length_uniform * (2 * f.pooling_factor + 1)).astype(np.int64)
-            rows, slots, offsets = _expand(lengths)
             longest = int(2 * f.pooling_factor) + 1
-            return Jagged(self._popular(index_R[rows] * longest + slots, num, f.name), offsets)
+            length_uniform = self._uniform(index_R, "length", f.name)
+            offsets = _offsets((length_uniform * (2 * f.pooling_factor + 1)).astype(np.int64))
+            return Jagged(self._popular(_counter(index_R, longest, offsets), num, f.name), offsets)
         if ranks_R is None:
             ranks_R = self._popular(index_R, num, f.name)
-        present = length_uniform < f.pooling_factor
-        return Jagged(ranks_R[present], np.concatenate([[0], np.cumsum(present)]))
+        if f.pooling_factor == 1:
+            return Jagged(ranks_R, np.arange(len(ranks_R) + 1))
+        present = self._uniform(index_R, "length", f.name) < f.pooling_factor
+        return Jagged(ranks_R[present], _offsets(present))
 
     def _draw_sequence(
         self,
@@ -165,7 +169,7 @@ class SyntheticSource:
         """Adds the events to `ranks` and, where an earlier sequence has not, the target to `targets` (by table)."""
         first, *others = sequence.fields
         clusters = num_clusters(self._schema, sequence)
-        favourites = np.stack(
+        favourites_RC = np.stack(
             [
                 self._popular(user_R * _NUM_FAVOURITES + i, clusters, "favourite", first.table)
                 for i in range(_NUM_FAVOURITES)
@@ -173,14 +177,17 @@ class SyntheticSource:
             axis=1,
         )
         if first.table not in targets:
+            target = ("target", first.table)
+            rows = np.arange(len(index_R))
             targets[first.table] = self._tasteful(
-                index_R, favourites, clusters, _TARGET_TASTE, first.table, "target", first.table
+                index_R, rows, favourites_RC, clusters, _TARGET_TASTE, first.table, *target
             )
-        rows, slots, offsets = _expand(self._sequence_lengths(sequence, index_R))
-        counter = index_R[rows] * sequence.max_length + slots
-        event_ranks = self._tasteful(
-            counter, favourites[rows], clusters, _EVENT_TASTE, first.table, "event", sequence.name
-        )
+        lengths = self._sequence_lengths(sequence, index_R)
+        offsets = _offsets(lengths)
+        counter = _counter(index_R, sequence.max_length, offsets)
+        rows = np.repeat(np.arange(len(index_R)), lengths)
+        event = ("event", sequence.name)
+        event_ranks = self._tasteful(counter, rows, favourites_RC, clusters, _EVENT_TASTE, first.table, *event)
         ranks[first.name] = Jagged(event_ranks, offsets)
         for field in others:
             ranks[field.name] = Jagged(self._derived(first.table, field.table, event_ranks), offsets)
@@ -188,22 +195,38 @@ class SyntheticSource:
                 targets[field.table] = self._derived(first.table, field.table, targets[first.table])
 
     def _tasteful(
-        self, counter: np.ndarray, favourites: np.ndarray, clusters: int, taste: float, table: str, *what: str
+        self,
+        counter: np.ndarray,
+        rows: np.ndarray,
+        favourites_RC: np.ndarray,
+        clusters: int,
+        taste: float,
+        table: str,
+        *what: str,
     ) -> np.ndarray:
-        """Ranks of `table` by popularity, a `taste` part of them moved to the nearest rank of one of the row's favourite clusters."""
+        """Ranks of `table` by popularity, a `taste` part of them moved to the nearest rank of one of the favourite clusters
+        of their row."""
         num = self._schema.tables[table].num_embeddings
-        ranks = self._popular(counter, num, *what)
-        choice = self._uniform(counter, "taste", *what) / taste
-        rows = np.flatnonzero(choice < 1)
-        chosen = favourites[rows, (choice[rows] * _NUM_FAVOURITES).astype(np.int64)]
-        moved = ranks[rows] - ranks[rows] % clusters + chosen
-        ranks[rows] = np.where(moved < num, moved, moved - clusters)
-        return ranks
+        key = stream(self._seed, "taste", *what)
+
+        def draw(counter: np.ndarray, rows: np.ndarray) -> np.ndarray:
+            ranks = self._popular(counter, num, *what)
+            choice = uniform(key, counter) / taste
+            moving = np.flatnonzero(choice < 1)
+            chosen = (choice[moving] * _NUM_FAVOURITES).astype(np.int64)
+            chosen += rows[moving] * _NUM_FAVOURITES
+            moved = ranks[moving]
+            moved -= modulo(moved, clusters)
+            moved += favourites_RC.ravel().take(chosen)
+            ranks[moving] = np.where(moved < num, moved, moved - clusters)
+            return ranks
+
+        return by_chunks(draw, counter, rows)
 
     def _derived(self, table: str, other: str, ranks: np.ndarray) -> np.ndarray:
         """The rank in table `other` that belongs to each rank of `table`: its cluster if `other` is small, else a popular one by hash."""
         num = self._schema.tables[other].num_embeddings
-        return ranks % num if num <= MAX_CLUSTERS else self._popular(ranks, num, "derived", table, other)
+        return modulo(ranks, num) if num <= MAX_CLUSTERS else self._popular(ranks, num, "derived", table, other)
 
     def _sequence_lengths(self, sequence: Sequence, index_R: np.ndarray) -> np.ndarray:
         """Some empty, some full, the rest between, with the mean near `expected_length` (kept to 0.25 .. 0.8 of the longest)."""
@@ -219,20 +242,29 @@ class SyntheticSource:
     # ---- from the draws to what a file would hold
     def _dense(self, normal_RF: np.ndarray) -> np.ndarray:
         """float32 (R, F): a normal value, or under log1p the transform of a lognormal one."""
-        values = [
-            np.log1p(np.exp(normal_RF[:, i] + 1)) if f.transform == "log1p" else normal_RF[:, i]
-            for i, f in enumerate(self._schema.dense)
-        ]
-        return np.stack(values, axis=1).astype(np.float32) if values else normal_RF.astype(np.float32)
+        values_RF = normal_RF.astype(np.float32)
+        for i, f in enumerate(self._schema.dense):
+            if f.transform == "log1p":
+                values_RF[:, i] = np.log1p(np.exp(normal_RF[:, i] + 1))
+        return values_RF
 
     def _ids_of(self, feature: str, ranks: Jagged) -> Jagged:
         name = self._schema.table_of[feature]
         num = self._schema.tables[name].num_embeddings
-        multiplier = max(1, round(num * _GOLDEN_RATIO))
-        while gcd(multiplier, num) != 1:
-            multiplier += 1
-        offset = int(stream(self._seed, "scatter", name)) % num
-        return Jagged((ranks.values * multiplier + offset) % num, ranks.offsets)
+        multiplier, offset = self._scatter[name]
+        return Jagged(by_chunks(lambda part: modulo(part * multiplier + offset, num), ranks.values), ranks.offsets)
+
+    @cached_property
+    def _scatter(self) -> dict[str, tuple[int, int]]:
+        """By table, the multiplier and the offset that make ids of ranks."""
+        scatter = {}
+        for name, table in self._schema.tables.items():
+            num = table.num_embeddings
+            multiplier = max(1, round(num * _GOLDEN_RATIO))
+            while gcd(multiplier, num) != 1:
+                multiplier += 1
+            scatter[name] = (multiplier, int(stream(self._seed, "scatter", name)) % num)
+        return scatter
 
     def _labels_of(self, index_R: np.ndarray, probabilities_RT: np.ndarray) -> np.ndarray:
         uniform_RT = np.stack([self._uniform(index_R, "label", name) for name in self._schema.labels], axis=1)
@@ -245,8 +277,12 @@ def _what_is_drawn(schema: FeatureSchema) -> str:
     return fingerprint(schema.model_copy(update={"tables": drawn}))
 
 
-def _expand(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The row and the place in it of every element of rows so long, and the rows' offsets."""
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    rows = np.repeat(np.arange(len(lengths)), lengths)
-    return rows, np.arange(offsets[-1]) - offsets[rows], offsets
+def _offsets(lengths: np.ndarray) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(lengths)])
+
+
+def _counter(index_R: np.ndarray, longest: int, offsets: np.ndarray) -> np.ndarray:
+    """A number for every element of rows that hold at most `longest`: index * longest + its place in the row."""
+    counter = np.repeat(index_R * longest - offsets[:-1], np.diff(offsets))
+    counter += np.arange(len(counter))
+    return counter

@@ -23,7 +23,7 @@ class TrainReader:
     """
 
     def __init__(self, config: RunConfig, rank: Rank, source: Source, preemption: Preemption | None = None) -> None:
-        self.config, self.accumulate_steps = config, config.train.accumulate_steps
+        self.config, self.accumulate_steps, self.device = config, config.train.accumulate_steps, rank.device
         self.agree_with_ranks, self.agree = make_agree(), self._agree_or_stop
         self.preemption, self.stopped = preemption, False
         self.reader = _reader(
@@ -66,7 +66,7 @@ class EvalReader:
     """This rank's batches of the held-out split, as large as training's micro-batches. Making one is collective."""
 
     def __init__(self, config: RunConfig, rank: Rank, source: Source) -> None:
-        self.config, self.agree, self.accumulate_steps = config, make_agree(), 1
+        self.config, self.agree, self.accumulate_steps, self.device = config, make_agree(), 1, rank.device
         batch = config.train.global_batch_size // config.train.accumulate_steps
         self.reader = _reader(config, rank, source, batch, shuffle_window_blocks=0, max_rows=config.eval.max_samples)
         self.micro_batch_size = batch // rank.world_size
@@ -112,6 +112,7 @@ def _check_memory(config: RunConfig, order: Order, lanes_per_rank: int) -> None:
 
 
 def _batches(of: TrainReader | EvalReader, rows: Iterator[Rows]) -> AbstractContextManager[Iterator[RecBatch]]:
+    """From page-locked memory where they go to a GPU: only from there does a copy run beside what the trainer does."""
     stream = batches(
         rows,
         of.config.features,
@@ -119,4 +120,6 @@ def _batches(of: TrainReader | EvalReader, rows: Iterator[Rows]) -> AbstractCont
         accumulate_steps=of.accumulate_steps,
         agree=of.agree,
     )
+    if of.device.type == "cuda":
+        stream = (batch.pin_memory() for batch in stream)
     return prefetch(stream, of.config.data.prefetch_batches)

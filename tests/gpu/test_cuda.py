@@ -9,7 +9,10 @@ import torch
 import torch.distributed as dist
 
 from dlrm_scale.cluster import load_cluster
+from dlrm_scale.data.open import open_source
 from dlrm_scale.training.clock import STAGES
+from dlrm_scale.training.ranks import this_rank
+from dlrm_scale.training.readers import TrainReader
 from tests.distributed.test_guards import bad_batch
 from tests.support.launch import launch
 from tests.support.twin import BAG_TYPES, case_config, compare, make_plan
@@ -77,3 +80,11 @@ def test_a_dropped_batch_leaves_tables_that_count_their_steps_as_they_were(one_r
     config = case_config("row_wise", "table_wise", {"name": name, "lr": 0.01})
     result = bad_batch(config, make_plan(config, 1, 1, "cuda"), "sparse_dist", "nan", "without")
     assert result["changed"] == [] and len(result["found"]) == 1
+
+
+def test_batches_are_read_into_page_locked_memory(one_rank):
+    config = case_config("row_wise", "table_wise", {"name": "adam", "lr": 0.01})
+    reader = TrainReader(config, this_rank("cuda"), open_source(config.data, config.features, "train", config.seed))
+    with reader.batches() as stream:
+        batch = next(stream)
+    assert batch.dense_BF.is_pinned() and batch.bags.values().is_pinned() and batch.labels_BT.is_pinned()

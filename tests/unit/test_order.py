@@ -183,6 +183,15 @@ def test_a_block_is_read_once_but_for_those_where_one_lane_meets_the_next(lanes,
     assert len(source.blocks_read) <= 64 + 2 * (lanes - 1)
 
 
+def test_lanes_that_stand_in_one_window_read_it_once():
+    """Small data: windows of 55 and 25 rows, lanes of 10; the sixth lane leaves the first window, five others stay in it."""
+    order = make_order([5] * 16, 8, 2, 11, None)
+    source = source_of(order)
+    for _ in Reader(source, order, range(8)).steps(0):
+        pass
+    assert sorted(source.blocks_read) == list(range(16))
+
+
 def test_two_epochs_of_one_reader_may_be_under_way_at_once():
     order = make_order([10] * 8, 2, 3, 2, None)
     reader = Reader(source_of(order), order, range(2))

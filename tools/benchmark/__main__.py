@@ -8,6 +8,7 @@ from tools.commands import run_tool
 COMMANDS = {
     "checkpoint": "what saving costs a run, beside a plain write",
     "cluster": "memory and collectives of this machine, as a cluster file",
+    "data": "rows a second of the loader alone, a core, beside a plain loop over the same files",
     "growth": "samples a second as batch, tables, rows and sequences grow",
     "plan": "our planner beside TorchRec's",
     "predictor": "the tuner's predictor on workloads it never saw, beside simpler ones",
