@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dlrm_scale.models.layers import linear
+from dlrm_scale.models.layers import Linear, linear
 
 
 def rotary_table(num_positions: int, head_dim: int, base: float) -> Tensor:
@@ -59,7 +59,7 @@ class AttentionPooling(nn.Module):
         self.num_heads = num_heads
         self.queries_Qd = nn.Parameter(torch.empty(num_queries, dim).normal_(std=0.02))
         self.kv = linear(dim, 2 * dim, bias=False)
-        self.out = nn.Linear(dim, dim, bias=False)
+        self.out = Linear(dim, dim, bias=False)
         with torch.no_grad():
             self.kv.weight[dim:] = torch.eye(dim)
             nn.init.eye_(self.out.weight)

@@ -10,11 +10,22 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from dlrm_scale.models.bf16_linear import linear_in_bf16
+
 NORM_EPS = 1e-10
 
 
-def linear(in_features: int, out_features: int, bias: bool = True) -> nn.Linear:
-    layer = nn.Linear(in_features, out_features, bias=bias)
+class Linear(nn.Linear):
+    """Under autocast on a CPU by `linear_in_bf16`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+            return linear_in_bf16(x, self.weight, self.bias)
+        return super().forward(x)
+
+
+def linear(in_features: int, out_features: int, bias: bool = True) -> Linear:
+    layer = Linear(in_features, out_features, bias=bias)
     nn.init.xavier_normal_(layer.weight)
     if bias:
         nn.init.zeros_(layer.bias)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dlrm_scale.config import InterFormerConfig
-from dlrm_scale.models.layers import NORM_EPS, RMSNorm
+from dlrm_scale.models.layers import NORM_EPS, Linear, RMSNorm
 
 SILU_POWER = 0.3557  # E[silu(z)^2] and E[gelu(z)^2] for z ~ N(0, 1), by quadrature
 GELU_POWER = 0.4252
@@ -29,10 +29,10 @@ class HyperNetwork(nn.Module):
     def __init__(self, num_summary: int, dim: int, shapes: list[tuple[int, int, float]]) -> None:
         super().__init__()
         self.shapes = [(rows, columns) for rows, columns, _ in shapes]
-        self.trunk = nn.Linear(num_summary * dim, dim)
+        self.trunk = Linear(num_summary * dim, dim)
         nn.init.normal_(self.trunk.weight, std=(num_summary * dim) ** -0.5)
         nn.init.zeros_(self.trunk.bias)
-        self.heads = nn.ModuleList(nn.Linear(dim, rows * columns) for rows, columns, _ in shapes)
+        self.heads = nn.ModuleList(Linear(dim, rows * columns) for rows, columns, _ in shapes)
         for head, (_, _, variance) in zip(self.heads, shapes, strict=True):
             nn.init.normal_(head.bias, std=(variance / 2) ** 0.5)
             nn.init.normal_(head.weight, std=(variance / 2 / (SILU_POWER * dim)) ** 0.5)
