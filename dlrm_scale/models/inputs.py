@@ -71,8 +71,13 @@ def pad_events(fields_VD: Seq[Tensor], jagged: JaggedTensor, max_length: int) ->
         (B, T, E): left-aligned, zeros behind the last event.
     """
     joined_VE = fields_VD[0] if len(fields_VD) == 1 else torch.cat(tuple(fields_VD), dim=1)
-    torch._assert_async((jagged.lengths() <= max_length).all(), "a sample has more events than its max_length")
+    check_lengths(jagged, max_length)
     return torch.ops.fbgemm.jagged_to_padded_dense(joined_VE, [jagged.offsets()], [max_length], 0.0)
+
+
+def check_lengths(jagged: JaggedTensor, max_length: int) -> None:
+    """Padding would cut longer ones without a word."""
+    torch._assert_async((jagged.lengths() <= max_length).all(), "a sample has more events than its max_length")
 
 
 def valid_mask(lengths_B: Tensor, num_slots: int) -> Tensor:

@@ -20,8 +20,9 @@ from dlrm_scale.features import FeatureSchema
 from dlrm_scale.models.attention import AttentionPooling, SelfAttention
 from dlrm_scale.models.cross import LearnedSummary, NonSequenceSummary, SequenceSummary, num_sequence_summary
 from dlrm_scale.models.dhen import InteractionArch
-from dlrm_scale.models.inputs import Embedded, categorical_vectors, pad_events, sequence_lengths, valid_mask
+from dlrm_scale.models.inputs import Embedded, categorical_vectors, check_lengths, sequence_lengths, valid_mask
 from dlrm_scale.models.layers import RMSNorm, TokenMix, linear, mlp
+from dlrm_scale.models.length_chunks import LengthChunks, cut_by_length
 from dlrm_scale.models.masknet import MaskNet
 from dlrm_scale.models.pffn import build_pffn
 
@@ -75,8 +76,7 @@ class FeatureTokens(nn.Module):
 class EventTokens(nn.Module):
     """One token an event: all sequences' fields joined event by event, unified by MaskNet (Eq. 6).
 
-    Sequences are padded to the longest max_length and joined by index from the oldest event on; an event counts when any
-    sequence has one there. Returns (B, E, d) and the number of events (B,).
+    Sequences are joined by index from the oldest event on; an event counts when any sequence has one there.
     """
 
     def __init__(self, schema: FeatureSchema, config: InterFormerConfig) -> None:
@@ -86,14 +86,20 @@ class EventTokens(nn.Module):
         self.project = Projections(schema, set(schema.sequence_tables), config.dim)
         self.unify = MaskNet(len(schema.sequence_fields), config.dim, config.mask_ratio, config.mask_activation)
 
-    def forward(self, embedded: Embedded) -> tuple[Tensor, Tensor]:
-        joined, lengths = [], []
+    def lengths(self, embedded: Embedded) -> Tensor:
+        """(B,): events of each sample."""
+        return torch.stack([sequence_lengths(sequence, embedded) for sequence in self.sequences]).amax(0)
+
+    def forward(self, embedded: Embedded, chunks: LengthChunks) -> list[Tensor]:
+        """(b, E, d) for each chunk."""
+        by_sequence = []
         for sequence in self.sequences:
             fields = [self.project(f.table, embedded[f.name].values()) for f in sequence.fields]
-            joined.append(pad_events(fields, embedded[sequence.fields[0].name], self.num_events))
-            lengths.append(sequence_lengths(sequence, embedded))
-        events_BEd = self.unify(torch.cat(joined, dim=2))
-        return events_BEd, torch.stack(lengths).amax(0)
+            jagged = embedded[sequence.fields[0].name]
+            check_lengths(jagged, sequence.max_length)
+            joined_VE = fields[0] if len(fields) == 1 else torch.cat(fields, dim=1)
+            by_sequence.append(chunks.padded(joined_VE, jagged.lengths(), jagged.offsets()))
+        return [self.unify(torch.cat(parts, dim=2)) for parts in zip(*by_sequence, strict=True)]
 
 
 class SequenceArch(nn.Module):
@@ -211,23 +217,34 @@ class InterFormer(nn.Module):
         return self.head(forward(x_BXd, embedded).flatten(1))
 
     def _forward_two_arches(self, x_BXd: Tensor, embedded: Embedded) -> Tensor:
-        events_BEd, lengths_B = self.events(embedded)
+        lengths_B = self.events.lengths(embedded)
+        chunks = cut_by_length(lengths_B, self.events.num_events)
+        x_BXd, lengths = chunks.sort(x_BXd), chunks.split(chunks.sort(lengths_B))
         summary_BCd = self.x_summaries[0](x_BXd)
-        s_BNd = torch.cat((summary_BCd, events_BEd), dim=1)
-        valid_BN = valid_mask(lengths_B + self.num_cls, s_BNd.shape[1])
+        heads_and_events = zip(chunks.split(summary_BCd), self.events(embedded, chunks), strict=True)
+        s = [torch.cat(parts, dim=1) for parts in heads_and_events]  # by chunk, as all that is of sequences
+        valid = [valid_mask(own + self.num_cls, tokens.shape[1]) for own, tokens in zip(lengths, s, strict=True)]
         for layer, (interaction, sequence) in enumerate(zip(self.interactions, self.sequences, strict=True)):
             if 0 < layer < len(self.x_summaries):
                 summary_BCd = self.x_summaries[layer](x_BXd)
             seen_BYd = x_BXd
             if self.s_to_x:
-                seen_BYd = torch.cat((x_BXd, self.s_summaries[layer](s_BNd, valid_BN, lengths_B)), dim=1)
+                seen_BYd = torch.cat((x_BXd, _each(self.s_summaries[layer], s, valid, lengths)), dim=1)
             # Neither reads the other's result: both take this layer's summaries.
-            x_BXd, s_BNd = interaction(seen_BYd), sequence(s_BNd, summary_BCd, valid_BN)
-        return torch.cat((self.final_x(x_BXd), self.final_s(s_BNd, valid_BN, lengths_B)), dim=1)
+            x_BXd, s = interaction(seen_BYd), [*map(sequence, s, chunks.split(summary_BCd), valid)]
+        return chunks.unsort(torch.cat((self.final_x(x_BXd), _each(self.final_s, s, valid, lengths)), dim=1))
 
     def _forward_sole(self, x_BXd: Tensor, embedded: Embedded | None) -> Tensor:
         if self.early_pooling is not None:
-            x_BXd = torch.cat((x_BXd, self.early_pooling(*self.events(embedded))), dim=1)
+            lengths_B = self.events.lengths(embedded)
+            (events_BEd,) = self.events(embedded, LengthChunks([len(lengths_B)], [self.events.num_events]))
+            x_BXd = torch.cat((x_BXd, self.early_pooling(events_BEd, lengths_B)), dim=1)
         for interaction in self.interactions:
             x_BXd = interaction(x_BXd)
         return self.final_x(x_BXd)
+
+
+def _each(summary: SequenceSummary, *by_chunk: list[Tensor]) -> Tensor:
+    """The summary of each chunk, one below the other: (B, Y, d)."""
+    parts = list(map(summary, *by_chunk))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -9,19 +9,23 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from dlrm_scale.models.bf16_linear import linear_in_bf16
 
 NORM_EPS = 1e-10
 
 
-class Linear(nn.Linear):
-    """Under autocast on a CPU by `linear_in_bf16`."""
+def linear_of(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """(..., I) -> (..., O). Under autocast on a CPU by `linear_in_bf16`."""
+    if x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+        return linear_in_bf16(x, weight_OI, bias_O)
+    return functional.linear(x, weight_OI, bias_O)
 
+
+class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
-            return linear_in_bf16(x, self.weight, self.bias)
-        return super().forward(x)
+        return linear_of(x, self.weight, self.bias)
 
 
 def linear(in_features: int, out_features: int, bias: bool = True) -> Linear:
