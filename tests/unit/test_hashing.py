@@ -1,38 +1,45 @@
+"""The quick ways to the synthetic data's numbers against the plain ones, bit for bit."""
+
 import numpy as np
+import pytest
 
-from dlrm_scale.data.hashing import hash64, normal, permutation, stream, uniform
+from dlrm_scale.data.hashing import by_chunks, hash64, modulo, normal, permutation, stream
+from dlrm_scale.data.synthetic_labels import LabelFunction
+from dlrm_scale.features import CategoricalFeature, FeatureSchema, Table
 
-
-def test_hash_is_splitmix64():
-    reference = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]  # the generator's first outputs, seed 0
-    assert hash64(np.uint64(0), np.arange(1, 4)).tolist() == reference
-
-
-def test_a_counter_is_not_changed():
-    counter = np.arange(4, dtype=np.uint64)
-    hash64(np.uint64(1), counter)
-    assert counter.tolist() == [0, 1, 2, 3]
+KEY = stream("a test")
 
 
-def test_streams_differ_by_every_part_and_not_by_the_kind_of_integer():
-    parts = [("a", "bc"), ("ab", "c"), ("a", "b", "c"), ("1",), (1,), (1, "a"), (2, "a")]
-    assert len({int(stream(*p)) for p in parts}) == len(parts)
-    assert stream("epoch", 3) == stream("epoch", np.int64(3))
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint32, np.uint64, np.int64])
+@pytest.mark.parametrize("by", [1, 7, 16, 255])
+def test_modulo_is_the_remainder(dtype, by):
+    limits = np.iinfo(dtype)
+    values = np.random.default_rng(0).integers(limits.min, limits.max, 1000, dtype, endpoint=True)
+    values[:2] = limits.min, limits.max
+    found = modulo(values, by)
+    assert found.dtype == dtype
+    np.testing.assert_array_equal(found, values % by)
 
 
-def test_uniform_and_normal_have_their_moments():
-    counter = np.arange(200_000)
-    u, z = uniform(stream("u"), counter), normal(stream("z"), counter)
-    assert 0 <= u.min() and u.max() < 1
-    histogram = np.histogram(u, bins=20, range=(0, 1))[0]
-    assert abs(histogram - 10_000).max() < 4 * np.sqrt(10_000)
-    error = 1 / np.sqrt(len(z))
-    assert abs(z.mean()) < 4 * error and abs(z.var() - 1) < 4 * np.sqrt(2) * error
-    assert abs((z**4).mean() - 3) < 4 * np.sqrt(96) * error
-    assert abs(np.corrcoef(z, normal(stream("other"), counter))[0, 1]) < 4 * error
+@pytest.mark.parametrize("num", [0, 5, 8192, 8193, 20_001])
+def test_chunks_are_the_whole(num):
+    counter, factor = np.arange(num), np.arange(num) * 0.5
+    np.testing.assert_array_equal(
+        by_chunks(lambda c, f: normal(KEY, c) * f, counter, factor), normal(KEY, counter) * factor
+    )
 
 
-def test_permutation_holds_each_place_once():
-    for n in (0, 1, 2, 1000):
-        assert sorted(permutation(stream("p"), n)) == list(range(n))
-    assert permutation(stream("p"), 1000).tolist() != permutation(stream("q"), 1000).tolist()
+@pytest.mark.parametrize("num", [0, 1, 70_001])
+def test_a_permutation_is_the_stable_order_of_the_hashes(num):
+    expected = np.argsort(hash64(KEY, np.arange(num)), kind="stable")
+    np.testing.assert_array_equal(permutation(KEY, num), expected)
+
+
+@pytest.mark.parametrize("num_embeddings", [1, 300, 65_536, 65_537, 1_000_000])
+def test_effects_that_are_looked_up_equal_those_computed(num_embeddings):
+    feature = CategoricalFeature(name="a", table="a")
+    schema = FeatureSchema(tables={"a": Table(num_embeddings=num_embeddings, embedding_dim=4)}, categorical=(feature,))
+    ranks = np.random.default_rng(0).integers(0, num_embeddings, 1237)
+    ranks[0] = num_embeddings - 1
+    expected = normal(stream(3, "effect", "id", "a", "click"), ranks) / np.sqrt(1 + ranks / 64)
+    np.testing.assert_array_equal(LabelFunction(schema, 3)._id_effects(ranks, feature, "click"), expected)
