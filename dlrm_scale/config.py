@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from dlrm_scale.checkpoint_config import CheckpointConfig
+from dlrm_scale.communication_config import AllReduce, Communication
 from dlrm_scale.errors import ConfigError
 from dlrm_scale.features import FeatureSchema
 from dlrm_scale.resilience_config import ResilienceConfig
@@ -220,6 +221,7 @@ class ShardingConfig(Strict):
         (), description="groups of tables, each whole on one and the same rank"
     )
     apart: tuple[tuple[str, ...], ...] = Field((), description="groups of tables no two of which share a rank")
+    communication: Communication = Communication()
     keep_close_to: str | None = Field(None, description="a plan.json of the same tables that is costly to leave")
     churn_ms_per_gb: float = Field(1.0, ge=0, description="what a GB placed elsewhere than in keep_close_to costs")
     storage_reserve: float = Field(
@@ -287,6 +289,7 @@ class TrainConfig(Strict):
         "micro-batch, or go back to the last checkpoint and leave out the step",
     )
     max_skipped: int = Field(10, ge=0, description="micro-batches in a row that nonfinite=skip drops before it stops")
+    all_reduce: AllReduce = AllReduce()
     sparse: SparseOptimizer = SparseOptimizer()
     dense: DenseOptimizer = DenseOptimizer()
     schedule: Schedule = Schedule()

@@ -8,10 +8,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed._shard.sharding_spec import EnumerableShardingSpec, ShardMetadata
-from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.model_parallel import DefaultDataParallelWrapper, DistributedModelParallel
 from torchrec.distributed.types import CacheParams, EmbeddingModuleShardingPlan, ParameterSharding, ShardingPlan
 
-from dlrm_scale.config import SparseOptimizer
+from dlrm_scale.config import RunConfig, SparseOptimizer
 from dlrm_scale.meta import META
 from dlrm_scale.sharding.plan import Plan
 from dlrm_scale.sharding.sharders import make_sharders
@@ -55,21 +55,24 @@ def _device_of(rank: int, device_type: str, ranks_per_host: int) -> str:
     return f"cuda:{rank % ranks_per_host}" if device_type == "cuda" else device_type
 
 
-def shard_model(
-    model: nn.Module, plan: Plan, optimizer: SparseOptimizer, device: torch.device, seed: int
-) -> ShardedModel:
+def shard_model(model: nn.Module, plan: Plan, config: RunConfig, device: torch.device) -> ShardedModel:
     """Shards `model`'s collections (tables on meta) by `plan` and replicates the rest; needs the process group.
 
     Every table starts with the same values under any plan and world size: see `initialise_tables`.
     """
+    all_reduce = config.train.all_reduce
     sharded = DistributedModelParallel(
         model,
         device=device,
         plan=to_torchrec(plan),
-        sharders=make_sharders(optimizer, device.type),
+        sharders=make_sharders(config.train.sparse, device.type, config.sharding.communication),
         init_parameters=False,
+        data_parallel_wrapper=DefaultDataParallelWrapper(
+            bucket_cap_mb=all_reduce.bucket_mb,
+            allreduce_comm_precision=None if all_reduce.precision == "fp32" else all_reduce.precision,
+        ),
     )
-    initialise_tables(sharded, plan, seed)
+    initialise_tables(sharded, plan, config.seed)
     return sharded
 
 

@@ -37,7 +37,7 @@ State = dict[str, torch.Tensor]
 
 def new_model(config: RunConfig, plan: Plan) -> ShardedModel:
     device = torch.device(plan.request.cluster.device)
-    return shard_model(build_model(config, dense_device=device), plan, config.train.sparse, device, config.seed)
+    return shard_model(build_model(config, dense_device=device), plan, config, device)
 
 
 def state_of(model: ShardedModel, optimizer: TrainOptimizer) -> State:
