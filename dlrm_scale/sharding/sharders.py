@@ -70,11 +70,17 @@ def make_sharders(
         raise ConfigError(
             f"train.sparse.weight_decay is {optimizer.weight_decay}, which FBGEMM's CPU kernels ignore; set it to 0 on CPU"
         )
+    if device_type == "cpu" and optimizer.stochastic_rounding:
+        raise ConfigError(
+            "train.sparse.stochastic_rounding is true, but FBGEMM 1.8.0's CPU kernels ignore it and round to the nearest; set it to false on "
+            "CPU, or give tables whose steps are small data_type: fp32"
+        )
     fused: dict[str, Any] = {
         "optimizer": FUSED_OPTIMIZERS[optimizer.name],
         "learning_rate": optimizer.lr,
         "eps": optimizer.eps,
         "weight_decay": optimizer.weight_decay,
+        "stochastic_rounding": optimizer.stochastic_rounding,  # FBGEMM's own default is true
     }
     if optimizer.weight_decay and optimizer.name == "rowwise_adagrad":
         fused["weight_decay_mode"] = WeightDecayMode.L2  # without a mode, this kernel ignores weight_decay

@@ -18,7 +18,14 @@ LOCK, CONFIG, RECORD, LEFT_OUT = ".lock", "config.yaml", "record.json", "left_ou
 # What a resumed run may change: it decides where and how long a run trains, and what it shows, not what it learns from what.
 MAY_DIFFER = (
     *("device", "sharding", "eval", "log", "checkpoint", "output"),
-    *("train.max_steps", "train.epochs", "train.pipeline", "train.compile", "train.all_reduce.bucket_mb"),
+    *(
+        "train.max_steps",
+        "train.epochs",
+        "train.pipeline",
+        "train.compile",
+        "train.activation_checkpointing",
+        "train.all_reduce.bucket_mb",
+    ),
     *("data.prefetch_batches", "data.max_held_rows", "data.preflight_rows"),
 )
 MUST_AGREE = ("sharding.communication",)  # though it is in one of those
