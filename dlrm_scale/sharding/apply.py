@@ -20,6 +20,7 @@ ShardedModel = DistributedModelParallel  # what the trainer calls it
 
 MODULE_PATHS = {"bags": "embeddings.ebc", "sequences": "embeddings.ec"}  # of RankingModel
 INIT_BLOCK_ROWS = 65_536
+SENT_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def to_torchrec(plan: Plan, device_type: str | None = None) -> ShardingPlan:
@@ -67,13 +68,19 @@ def shard_model(model: nn.Module, plan: Plan, config: RunConfig, device: torch.d
         plan=to_torchrec(plan),
         sharders=make_sharders(config.train.sparse, device.type, config.sharding.communication),
         init_parameters=False,
-        data_parallel_wrapper=DefaultDataParallelWrapper(
-            bucket_cap_mb=all_reduce.bucket_mb,
-            allreduce_comm_precision=None if all_reduce.precision == "fp32" else all_reduce.precision,
-        ),
+        data_parallel_wrapper=DefaultDataParallelWrapper(bucket_cap_mb=all_reduce.bucket_mb),
     )
+    if all_reduce.precision != "fp32":
+        sharded._dmp_wrapped_module.register_comm_hook(SENT_DTYPES[all_reduce.precision], _average_rounded)
     initialise_tables(sharded, plan, config.seed)
     return sharded
+
+
+def _average_rounded(dtype: torch.dtype, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    """Averages a bucket of gradients in `dtype`. Torch 2.13's own hooks do the same, but refuse bf16 on gloo, which has it."""
+    sent = bucket.buffer().to(dtype).div_(dist.get_world_size())
+    reduced = dist.all_reduce(sent, async_op=True).get_future()
+    return reduced.then(lambda done: bucket.buffer().copy_(done.value()[0]))
 
 
 def shard_on_meta(model: nn.Module, plan: Plan, optimizer: SparseOptimizer) -> ShardedModel:
