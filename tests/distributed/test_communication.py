@@ -29,10 +29,10 @@ def changed(config: RunConfig, **sections: dict[str, Any]) -> RunConfig:
     return parse_config(tree, "tests")
 
 
-def worst_of(ranks, config: RunConfig) -> dict[str, float]:
+def worst_of(ranks, config: RunConfig, least_moved: float = 0.1) -> dict[str, float]:
     """By what is compared: the largest difference from the twin on any rank."""
     results = ranks.run(compare, config, make_plan(config, ranks.world_size, 2))
-    assert results[0].pop("moved") > 0.1, "the tables did not train"
+    assert results[0].pop("moved") >= least_moved, "the tables did not train"
     return {name: max(result.get(name, 0.0) for result in results) for name in results[0]}
 
 
@@ -60,26 +60,20 @@ def test_sequence_tables(two_ranks, sequence_type):
 
 
 def test_one_direction_alone(two_ranks):
-    """Backward only: the first logits are fp32's, as no step has been taken; forward only: they are not."""
+    """Of tables whose steps are too small to show: backward only, the logits are fp32's; forward only, they are not."""
     config = partial(changed, case_config("table_wise", "table_wise", {"name": "rowwise_adagrad", "lr": 1e-12}))
     backward, forward = (
-        worst_of_untrained(two_ranks, config(sharding={"communication": {direction: "bf16"}}))
+        worst_of(two_ranks, config(sharding={"communication": {direction: "bf16"}}), least_moved=0.0)
         for direction in ("backward", "forward")
     )
     assert backward["logits"] <= TOLERANCE / 5 < forward["logits"]
-
-
-def worst_of_untrained(ranks, config: RunConfig) -> dict[str, float]:
-    """Tables that take steps of nothing; the dense arch still trains, on gradients of what was sent forward."""
-    results = ranks.run(compare, config, make_plan(config, ranks.world_size, 2))
-    return {name: max(result.get(name, 0.0) for result in results) for name in results[0]}
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp16", 2e-5), ("bf16", 2e-4)])
 def test_dense_gradients_in_16_bits(two_ranks, precision, tolerance):
     config = case_config("table_wise", "table_wise", {"name": "sgd", "lr": 0.5})
     exact, rounded = (
-        dense_of(worst_of(two_ranks, changed(config, train={"all_reduce": {"precision": p}})))
+        dense_of(worst_of(two_ranks, changed(config, train={"all_reduce": {"precision": p}}), least_moved=1e-3))
         for p in ("fp32", precision)
     )
     print("EXACT", exact, "ROUNDED", precision, rounded)
