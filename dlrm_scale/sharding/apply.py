@@ -123,13 +123,13 @@ def fill_shard(
     """Writes the part of a table (see `initialise_tables`) that begins at (row, column) and is as large as `shard`."""
     bound = math.sqrt(1 / num_embeddings)
     num_rows, num_columns = shard.shape
+    # one buffer for all blocks: with one for each, the allocator kept 150 MB of them
+    drawn = torch.empty(min(INIT_BLOCK_ROWS, num_embeddings), embedding_dim, device=shard.device)
     for block in range(row // INIT_BLOCK_ROWS, math.ceil((row + num_rows) / INIT_BLOCK_ROWS)):
         start = block * INIT_BLOCK_ROWS
         rows_in_block = min(INIT_BLOCK_ROWS, num_embeddings - start)
         digest = hashlib.sha256(f"{seed}/{table}/{block}".encode()).digest()
         generator = torch.Generator(device=shard.device).manual_seed(int.from_bytes(digest[:7], "big"))
-        values = torch.empty(rows_in_block, embedding_dim, device=shard.device).uniform_(
-            -bound, bound, generator=generator
-        )
+        values = drawn[:rows_in_block].uniform_(-bound, bound, generator=generator)
         first, last = max(row, start), min(row + num_rows, start + rows_in_block)
         shard[first - row : last - row].copy_(values[first - start : last - start, column : column + num_columns])

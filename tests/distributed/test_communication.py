@@ -76,7 +76,6 @@ def test_dense_gradients_in_16_bits(two_ranks, precision, tolerance):
         dense_of(worst_of(two_ranks, changed(config, train={"all_reduce": {"precision": p}}), least_moved=1e-3))
         for p in ("fp32", precision)
     )
-    print("EXACT", exact, "ROUNDED", precision, rounded)
     assert 3 * exact < rounded <= tolerance
 
 
