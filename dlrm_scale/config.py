@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from dlrm_scale.checkpoint_config import CheckpointConfig
+from dlrm_scale.communication_config import AllReduce, Communication
 from dlrm_scale.errors import ConfigError
 from dlrm_scale.features import FeatureSchema
 from dlrm_scale.resilience_config import ResilienceConfig
@@ -220,6 +221,7 @@ class ShardingConfig(Strict):
         (), description="groups of tables, each whole on one and the same rank"
     )
     apart: tuple[tuple[str, ...], ...] = Field((), description="groups of tables no two of which share a rank")
+    communication: Communication = Communication()
     keep_close_to: str | None = Field(None, description="a plan.json of the same tables that is costly to leave")
     churn_ms_per_gb: float = Field(1.0, ge=0, description="what a GB placed elsewhere than in keep_close_to costs")
     storage_reserve: float = Field(
@@ -236,6 +238,11 @@ class SparseOptimizer(Strict):
     lr: float = Field(0.02, ge=0)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0, description="L2, on the rows a batch touches")
+    stochastic_rounding: bool = Field(
+        False,
+        description="of fp16 tables, on CUDA: a step below half a unit of the last place moves a weight by chance, so that many such steps "
+        "move it on average; false: they are lost",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> "SparseOptimizer":
@@ -280,6 +287,10 @@ class TrainConfig(Strict):
         description="the dense arch by torch.compile: the first steps take a minute or two more; where that fails, a warning says why "
         "and it runs as it is",
     )
+    activation_checkpointing: bool = Field(
+        False,
+        description="InterFormer's layers keep their inputs only and run again in the backward pass: less memory, a third more products",
+    )
     clip_grad_norm: float | None = Field(None, gt=0, description="over all dense gradients; None: no clipping")
     nonfinite: Literal["stop", "skip", "rollback"] = Field(
         "stop",
@@ -287,6 +298,7 @@ class TrainConfig(Strict):
         "micro-batch, or go back to the last checkpoint and leave out the step",
     )
     max_skipped: int = Field(10, ge=0, description="micro-batches in a row that nonfinite=skip drops before it stops")
+    all_reduce: AllReduce = AllReduce()
     sparse: SparseOptimizer = SparseOptimizer()
     dense: DenseOptimizer = DenseOptimizer()
     schedule: Schedule = Schedule()
@@ -377,12 +389,23 @@ class RunConfig(Strict):
                     f"be sharded only as {', '.join(SEQUENCE_SHARDING_TYPES)}"
                 )
 
+        if self.train.sparse.stochastic_rounding and all(t.data_type == "fp32" for t in self.features.tables.values()):
+            raise ValueError(
+                "train.sparse.stochastic_rounding is true, but all tables are fp32, which are not rounded; set it to false, or data_type: fp16 "
+                "for some tables"
+            )
+
     def _check_model(self) -> None:
         dims = {name: table.embedding_dim for name, table in self.features.tables.items()}
         if self.model.arch in ("dlrm", "dlrm_dcnv2") and len(set(dims.values())) > 1:
             raise ValueError(
                 f"model.arch {self.model.arch} needs one embedding_dim for all tables, but they have "
                 + ", ".join(f"{name}: {dim}" for name, dim in dims.items())
+            )
+        if self.train.activation_checkpointing and self.model.arch != "interformer":
+            raise ValueError(
+                f"train.activation_checkpointing is true, but model.arch {self.model.arch} has no layers to run again, and would ignore it; "
+                "set it to false or take model.arch=interformer"
             )
         if self.model.arch == "interformer" and not self.features.sequences and self.model.mode != "sole":
             raise ValueError(

@@ -1,7 +1,8 @@
 """What the dense arch costs at a batch size, found by running it on fake tensors: shapes and types, no memory."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from dlrm_scale.features import FeatureSchema
 from dlrm_scale.meta import NoFirstValues
 from dlrm_scale.models.inputs import Embedded
 from dlrm_scale.models.ranking_model import DensePart, build_arch
+from dlrm_scale.models.recompute import recomputed_layers
 
 Inputs = tuple[Tensor, KeyedTensor | None, Embedded | None]
 
@@ -25,7 +27,8 @@ class DenseTrace:
 
     Attributes:
         activation_bytes: of what autograd keeps at the end of the forward pass, each storage once; without parameters, and
-            without the lookups and dense features, which are the inputs.
+            without the lookups and dense features, which are the inputs. With activation checkpointing, plus what the largest
+            layer keeps while it is run again.
         forward_flops: of the products (a multiplication and an addition are two), as `FlopCounterMode` counts.
     """
 
@@ -47,14 +50,35 @@ def trace_dense(config: RunConfig, local_batch_size: int) -> DenseTrace:
     with FakeTensorMode():
         dense, inputs = _dense_and_inputs(config, local_batch_size)
         kept = KeptStorages([*dense.parameters(), *input_tensors(inputs)])
+        in_layers = _note_layers(dense)
         with _counter() as counter, kept:
             dense(*inputs)
         num_parameters = sum(p.numel() for p in dense.parameters())
-    return DenseTrace(num_parameters, kept.num_bytes, counter.get_total_flops())
+    largest_layer_bytes = max((layer.num_bytes for layer in in_layers), default=0)
+    return DenseTrace(num_parameters, kept.num_bytes + largest_layer_bytes, counter.get_total_flops())
+
+
+def _note_layers(dense: DensePart) -> list["KeptStorages"]:
+    """Has each layer that will be run again note what that keeps, in the place of throwing it away."""
+    noted = []
+    for layer in recomputed_layers(dense.arch):
+        kept = KeptStorages(dense.parameters())
+        noted.append(kept)
+        layer.plain = partial(_run_noted, layer.plain, kept)
+    return noted
+
+
+def _run_noted(plain: Callable[..., Any], kept: "KeptStorages", *args: Any) -> Any:
+    with kept:
+        return plain(*args)
 
 
 def count_flops(config: RunConfig, local_batch_size: int) -> tuple[int, int]:
-    """Of the products in the forward and in the backward pass, as `trace_dense` counts them; takes three times as long."""
+    """Of the products in the forward and in the backward pass, as `trace_dense` counts them; takes three times as long.
+
+    Without those of activation checkpointing, which are no work that the model asks for.
+    """
+    config = config.model_copy(update={"train": config.train.model_copy(update={"activation_checkpointing": False})})
     with FakeTensorMode():
         return run_counted(*_dense_and_inputs(config, local_batch_size))
 

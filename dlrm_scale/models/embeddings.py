@@ -30,12 +30,14 @@ class Embeddings(nn.Module):
     def __init__(self, schema: FeatureSchema, device: torch.device = META) -> None:
         super().__init__()
         bag_tables = [
-            EmbeddingBagConfig(**_columns(schema, name), pooling=_POOLING[table.pooling])
+            EmbeddingBagConfig(**_columns(schema, name, device), pooling=_POOLING[table.pooling])
             for name, table in schema.tables.items()
             if name not in schema.sequence_tables
         ]
         id_tables = [
-            EmbeddingConfig(**_columns(schema, name)) for name in schema.tables if name in schema.sequence_tables
+            EmbeddingConfig(**_columns(schema, name, device))
+            for name in schema.tables
+            if name in schema.sequence_tables
         ]
         with without_memory() if device == META else nullcontext():
             self.ebc = EmbeddingBagCollection(bag_tables, device=device) if bag_tables else None
@@ -50,7 +52,7 @@ class Embeddings(nn.Module):
         return pooled, embedded
 
 
-def _columns(schema: FeatureSchema, name: str) -> dict:
+def _columns(schema: FeatureSchema, name: str, device: torch.device) -> dict:
     table = schema.tables[name]
     return {
         "name": name,
@@ -58,4 +60,10 @@ def _columns(schema: FeatureSchema, name: str) -> dict:
         "embedding_dim": table.embedding_dim,
         "feature_names": list(schema.features_of(name)),
         "data_type": _DATA_TYPE[table.data_type],
+        # what is sharded from meta is filled by `initialise_tables`: TorchRec need not draw all numbers before
+        "init_fn": _leave if device == META else None,
     }
+
+
+def _leave(weight: torch.Tensor) -> torch.Tensor:
+    return weight

@@ -22,6 +22,7 @@ from dlrm_scale.models.embeddings import Embeddings
 from dlrm_scale.models.inputs import Embedded, in_bf16, wait
 from dlrm_scale.models.interformer import InterFormer
 from dlrm_scale.models.logistic import Logistic
+from dlrm_scale.models.recompute import recompute_layers
 
 Precision = Literal["fp32", "bf16"]
 _ARCHS = {InterFormerConfig: InterFormer, DLRMConfig: DLRM, DCNv2Config: DCNv2, LogisticConfig: Logistic}
@@ -114,4 +115,7 @@ def build_arch(config: RunConfig) -> nn.Module:
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.seed)  # on the CPU: every device starts from the same weights
-        return _ARCHS[type(config.model)](config.features, config.model)
+        arch = _ARCHS[type(config.model)](config.features, config.model)
+    if config.train.activation_checkpointing:
+        recompute_layers(arch)
+    return arch

@@ -8,10 +8,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed._shard.sharding_spec import EnumerableShardingSpec, ShardMetadata
-from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.model_parallel import DefaultDataParallelWrapper, DistributedModelParallel
 from torchrec.distributed.types import CacheParams, EmbeddingModuleShardingPlan, ParameterSharding, ShardingPlan
 
-from dlrm_scale.config import SparseOptimizer
+from dlrm_scale.config import RunConfig, SparseOptimizer
 from dlrm_scale.meta import META
 from dlrm_scale.sharding.plan import Plan
 from dlrm_scale.sharding.sharders import make_sharders
@@ -20,6 +20,7 @@ ShardedModel = DistributedModelParallel  # what the trainer calls it
 
 MODULE_PATHS = {"bags": "embeddings.ebc", "sequences": "embeddings.ec"}  # of RankingModel
 INIT_BLOCK_ROWS = 65_536
+SENT_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def to_torchrec(plan: Plan, device_type: str | None = None) -> ShardingPlan:
@@ -55,22 +56,31 @@ def _device_of(rank: int, device_type: str, ranks_per_host: int) -> str:
     return f"cuda:{rank % ranks_per_host}" if device_type == "cuda" else device_type
 
 
-def shard_model(
-    model: nn.Module, plan: Plan, optimizer: SparseOptimizer, device: torch.device, seed: int
-) -> ShardedModel:
+def shard_model(model: nn.Module, plan: Plan, config: RunConfig, device: torch.device) -> ShardedModel:
     """Shards `model`'s collections (tables on meta) by `plan` and replicates the rest; needs the process group.
 
     Every table starts with the same values under any plan and world size: see `initialise_tables`.
     """
+    all_reduce = config.train.all_reduce
     sharded = DistributedModelParallel(
         model,
         device=device,
         plan=to_torchrec(plan),
-        sharders=make_sharders(optimizer, device.type),
+        sharders=make_sharders(config.train.sparse, device.type, config.sharding.communication),
         init_parameters=False,
+        data_parallel_wrapper=DefaultDataParallelWrapper(bucket_cap_mb=all_reduce.bucket_mb),
     )
-    initialise_tables(sharded, plan, seed)
+    if all_reduce.precision != "fp32":
+        sharded._dmp_wrapped_module.register_comm_hook(SENT_DTYPES[all_reduce.precision], _average_rounded)
+    initialise_tables(sharded, plan, config.seed)
     return sharded
+
+
+def _average_rounded(dtype: torch.dtype, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    """Averages a bucket of gradients in `dtype`. Torch 2.13's own hooks do the same, but refuse bf16 on gloo, which has it."""
+    sent = bucket.buffer().to(dtype).div_(dist.get_world_size())
+    reduced = dist.all_reduce(sent, async_op=True).get_future()
+    return reduced.then(lambda done: bucket.buffer().copy_(done.value()[0]))
 
 
 def shard_on_meta(model: nn.Module, plan: Plan, optimizer: SparseOptimizer) -> ShardedModel:
@@ -113,13 +123,13 @@ def fill_shard(
     """Writes the part of a table (see `initialise_tables`) that begins at (row, column) and is as large as `shard`."""
     bound = math.sqrt(1 / num_embeddings)
     num_rows, num_columns = shard.shape
+    # one buffer for all blocks: with one for each, the allocator kept 150 MB of them
+    drawn = torch.empty(min(INIT_BLOCK_ROWS, num_embeddings), embedding_dim, device=shard.device)
     for block in range(row // INIT_BLOCK_ROWS, math.ceil((row + num_rows) / INIT_BLOCK_ROWS)):
         start = block * INIT_BLOCK_ROWS
         rows_in_block = min(INIT_BLOCK_ROWS, num_embeddings - start)
         digest = hashlib.sha256(f"{seed}/{table}/{block}".encode()).digest()
         generator = torch.Generator(device=shard.device).manual_seed(int.from_bytes(digest[:7], "big"))
-        values = torch.empty(rows_in_block, embedding_dim, device=shard.device).uniform_(
-            -bound, bound, generator=generator
-        )
+        values = drawn[:rows_in_block].uniform_(-bound, bound, generator=generator)
         first, last = max(row, start), min(row + num_rows, start + rows_in_block)
         shard[first - row : last - row].copy_(values[first - start : last - start, column : column + num_columns])

@@ -72,7 +72,7 @@ def enumerate_options(request: PlanRequest, column_widths: ColumnWidths = "all")
         _check_sequence_widths(request, options)
     groups = cut(_tables(request), options, request.group)
     device_bytes, host_bytes = shard_bytes(groups, request.group, request.sparse_optimizer)
-    ms = shard_ms(groups, request.group, request.cluster)
+    ms = shard_ms(groups, request.group, request.cluster, request.sharding.communication)
     ms["replica_sync"] = replica_sync_ms(groups, request, device_bytes, host_bytes)
     return OptionSet(
         table_names=tuple(request.tables),

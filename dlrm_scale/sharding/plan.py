@@ -248,7 +248,7 @@ def rule_differences(made_for: PlanRequest, asked: PlanRequest) -> list[str]:
     then, now = made_for.sharding, asked.sharding
     pairs = [
         (f"sharding.{name}", getattr(then, name), getattr(now, name))
-        for name in ("objective", "storage_reserve", "replica_sync_steps", "together", "apart")
+        for name in ("objective", "communication", "storage_reserve", "replica_sync_steps", "together", "apart")
     ]
     for table in sorted(set(then.tables) | set(now.tables)):
         had, has = (sharding.tables.get(table, TableSharding()) for sharding in (then, now))

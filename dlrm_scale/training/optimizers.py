@@ -15,6 +15,7 @@ from dlrm_scale.config import PLAIN_SPARSE_OPTIMIZERS, DenseOptimizer, Schedule,
 from dlrm_scale.errors import ConfigError
 from dlrm_scale.sharding.apply import ShardedModel
 
+FP16_DIGITS, FP16_LEAST_EXPONENT = 11, -13  # significant bits; of a normal number's frexp
 TABLES = "embeddings."  # RankingModel's parameters under this prefix are tables
 
 
@@ -24,6 +25,7 @@ class ReplicatedTableOptimizer(torch.optim.Optimizer):
     With g the gradient of a row of D columns (plus weight_decay * row, on rows with a gradient):
     row-wise Adagrad: s += mean(g * g);  row -= lr * g / (sqrt(s) + eps), s one number a row;
     Adagrad: the same with s of D numbers, s += g * g;  SGD: row -= lr * g.
+    fp16 rows are rounded to the nearest, or with `stochastic_rounding` by chance: the same on every rank.
 
     Raises:
         ConfigError: for another rule; a replicated table would silently learn by another one than a sharded table.
@@ -36,7 +38,8 @@ class ReplicatedTableOptimizer(torch.optim.Optimizer):
                 f"{config.name}; leave data_parallel out of the tables' sharding types, or change the optimizer"
             )
         super().__init__(tables, {"lr": config.lr, "eps": config.eps, "weight_decay": config.weight_decay})
-        self.rule = config.name
+        self.rule, self.stochastic_rounding = config.name, config.stochastic_rounding
+        self.num_steps = 0  # seeds the rounding: `TrainOptimizer` sets it
         for table in self.param_groups[0]["params"] if self.rule != "sgd" else ():
             shape = (len(table), 1) if self.rule == "rowwise_adagrad" else table.shape
             self.state[table]["sum"] = torch.zeros(shape, device=table.device)
@@ -44,21 +47,36 @@ class ReplicatedTableOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         for group in self.param_groups:
-            for table in group["params"]:
-                if table.grad is not None:
-                    self._update(table, group["lr"], group["eps"], group["weight_decay"])
+            for index, table in enumerate(group["params"]):
+                if table.grad is None:
+                    continue
+                updated = self._updated(table, group["lr"], group["eps"], group["weight_decay"])
+                if self.stochastic_rounding and table.dtype == torch.float16:
+                    seed = self.num_steps * len(group["params"]) + index
+                    updated = round_by_chance(updated, torch.Generator(table.device).manual_seed(seed))
+                table.copy_(updated)
 
-    def _update(self, table: nn.Parameter, lr: float, eps: float, weight_decay: float) -> None:
+    def _updated(self, table: nn.Parameter, lr: float, eps: float, weight_decay: float) -> torch.Tensor:
+        """In fp32."""
         weight, grad = table.float(), table.grad.float()  # fp16 would round small squares, and eps, to zero
         if weight_decay:
             touched_R1 = (grad != 0).any(dim=1, keepdim=True)
             grad = grad + weight_decay * weight * touched_R1
         if self.rule == "sgd":
-            table.copy_(weight - lr * grad)
-            return
+            return weight - lr * grad
         squares = grad.square().mean(dim=1, keepdim=True) if self.rule == "rowwise_adagrad" else grad.square()
         total = self.state[table]["sum"].add_(squares)
-        table.copy_(weight - lr * grad / (total.sqrt() + eps))
+        return weight - lr * grad / (total.sqrt() + eps)
+
+
+def round_by_chance(values: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """fp32 values to one of their two fp16 neighbours, each so likely that the mean stays (fp16's range is the caller's)."""
+    _, exponent = torch.frexp(values)
+    ulp = torch.ldexp(torch.ones_like(values), exponent.clamp(min=FP16_LEAST_EXPONENT) - FP16_DIGITS)
+    chance = torch.rand(values.shape, generator=generator, device=values.device)
+    scaled = values / ulp
+    below = torch.floor(scaled)
+    return ((below + (chance < scaled - below)) * ulp).half()
 
 
 def learning_rate_factor(step: int, schedule: Schedule, total_steps: int) -> float:
@@ -118,6 +136,7 @@ class TrainOptimizer:
             nn.utils.clip_grad_norm_(self.dense_parameters, self.config.clip_grad_norm)
         self.dense.step()
         if self.replicated:
+            self.replicated.num_steps = self.num_steps
             self.replicated.step()
         self.micro_batch = 0
         self.num_steps += 1

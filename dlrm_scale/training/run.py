@@ -240,7 +240,7 @@ def _train_model(job: Job, plan: Plan, checkpoints: RunCheckpoints, board: Board
     train_reader = TrainReader(config, rank, train_source, job.preemption)
     eval_reader = EvalReader(config, rank, eval_source) if eval_source is not None else None
     model = build_model(config, dense_device=rank.device)
-    sharded = shard_model(model, plan, config.train.sparse, rank.device, config.seed)
+    sharded = shard_model(model, plan, config, rank.device)
     if folder:
         save_plan(plan, folder.path / "plan.json")
         print_start(job.console, config, plan, folder.path, train_reader.num_steps)

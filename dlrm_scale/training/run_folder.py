@@ -18,9 +18,17 @@ LOCK, CONFIG, RECORD, LEFT_OUT = ".lock", "config.yaml", "record.json", "left_ou
 # What a resumed run may change: it decides where and how long a run trains, and what it shows, not what it learns from what.
 MAY_DIFFER = (
     *("device", "sharding", "eval", "log", "checkpoint", "output"),
-    *("train.max_steps", "train.epochs", "train.pipeline", "train.compile"),
+    *(
+        "train.max_steps",
+        "train.epochs",
+        "train.pipeline",
+        "train.compile",
+        "train.activation_checkpointing",
+        "train.all_reduce.bucket_mb",
+    ),
     *("data.prefetch_batches", "data.max_held_rows", "data.preflight_rows"),
 )
+MUST_AGREE = ("sharding.communication",)  # though it is in one of those
 
 
 class RunFolder:
@@ -151,7 +159,11 @@ def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 def decides_learning(key: str) -> bool:
     """Whether a dotted key of the configuration does, beyond rounding."""
-    return not any(key == free or key.startswith(f"{free}.") for free in MAY_DIFFER)
+
+    def within(sections: tuple[str, ...]) -> bool:
+        return any(key == section or key.startswith(f"{section}.") for section in sections)
+
+    return within(MUST_AGREE) or not within(MAY_DIFFER)
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -30,7 +30,7 @@ def described(embeddings: torch.nn.Module, plan: Plan, config: RunConfig) -> dic
 
 def really(config: RunConfig, plan: Plan) -> dict:
     model = build_model(config, dense_device=CPU)
-    sharded = shard_model(model, plan, config.train.sparse, CPU, config.seed)
+    sharded = shard_model(model, plan, config, CPU)
     state = sharded.module.state_dict()
     found = described(sharded.module.embeddings, plan, config)
     mine = [

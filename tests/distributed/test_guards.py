@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 
+from dlrm_scale.communication_config import Communication
 from dlrm_scale.config import RunConfig
 from dlrm_scale.data.batch import RecBatch
 from dlrm_scale.data.open import open_source
@@ -37,7 +38,7 @@ State = dict[str, torch.Tensor]
 
 def new_model(config: RunConfig, plan: Plan) -> ShardedModel:
     device = torch.device(plan.request.cluster.device)
-    return shard_model(build_model(config, dense_device=device), plan, config.train.sparse, device, config.seed)
+    return shard_model(build_model(config, dense_device=device), plan, config, device)
 
 
 def state_of(model: ShardedModel, optimizer: TrainOptimizer) -> State:
@@ -145,6 +146,16 @@ def test_guarded_steps_are_bitwise_plain_steps_for_every_type_of_table(four_rank
 def test_guarded_steps_are_bitwise_plain_steps_for_other_fused_optimizers(two_ranks, sparse):
     config = case_config("row_wise", "table_wise", {"name": sparse, "lr": 0.1})
     assert two_ranks.run(parity, config, make_plan(config, 2, 2)) == [[]] * 2
+
+
+def test_guarded_steps_are_bitwise_plain_steps_in_16_bits_and_a_bad_batch_is_dropped(two_ranks):
+    config = mixed_config(all_reduce={"precision": "bf16"})
+    sharding = config.sharding.model_copy(update={"communication": Communication(forward="fp16", backward="bf16")})
+    config = config.model_copy(update={"sharding": sharding})
+    plan = make_plan(config, 2, 2)
+    assert two_ranks.run(parity, config, plan) == [[]] * 2
+    for result in two_ranks.run(bad_batch, config, plan, "sparse_dist", "nan", "without"):
+        assert result["changed"] == [] and result["differs"] == [] and len(result["found"]) == 1
 
 
 MIXED = {

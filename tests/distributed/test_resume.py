@@ -51,7 +51,7 @@ def attempt(config: RunConfig, plan: Plan, folder: str, cut: bool) -> list[float
     seed_generators(config.seed, rank, 0)
     checkpoints = RunCheckpoints(config, rank, checkpoint_folder(config, folder), lambda line: None)
     model = build_model(config, dense_device=torch.device("cpu"))
-    sharded = shard_model(model, plan, config.train.sparse, torch.device("cpu"), config.seed)
+    sharded = shard_model(model, plan, config, torch.device("cpu"))
     readers = [
         kind(config, rank, open_source(config.data, config.features, split, config.seed))
         for kind, split in ((CutReader if cut else TrainReader, "train"), (EvalReader, "eval"))

@@ -72,9 +72,8 @@ def initial_table(config: RunConfig, plan: Plan) -> torch.Tensor:
     sharded = shard_model(
         build_model(config, dense_device=torch.device("cpu")),
         plan,
-        config.train.sparse,
+        config,
         torch.device("cpu"),
-        config.seed,
     )
     weight = sharded.module.state_dict()["embeddings.ebc.embedding_bags.user.weight"]
     whole = torch.zeros(weight.size())

@@ -43,9 +43,8 @@ def train(config: RunConfig, plan: Plan, run_dir: Path, at_by_rank: list[int | N
     model = shard_model(
         build_model(config, dense_device=torch.device("cpu")),
         plan,
-        config.train.sparse,
+        config,
         torch.device("cpu"),
-        config.seed,
     )
     eval_reader = EvalReader(config, rank, open_source(config.data, config.features, "eval", config.seed))
     handler = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGUSR1)

@@ -41,7 +41,7 @@ def loop_config(**sections) -> RunConfig:
 
 def sharded_model(config: RunConfig, plan: Plan) -> ShardedModel:
     model = build_model(config, dense_device=torch.device("cpu"))
-    return shard_model(model, plan, config.train.sparse, torch.device("cpu"), config.seed)
+    return shard_model(model, plan, config, torch.device("cpu"))
 
 
 def train(config: RunConfig, plan: Plan) -> tuple[TrainResult, dict[str, torch.Tensor]]:

@@ -10,12 +10,15 @@ import torch.distributed as dist
 
 from dlrm_scale.cluster import load_cluster
 from dlrm_scale.data.open import open_source
+from dlrm_scale.models.ranking_model import build_model
+from dlrm_scale.resilience.guards import fused_kernels
+from dlrm_scale.sharding.apply import shard_model
 from dlrm_scale.training.clock import STAGES
 from dlrm_scale.training.ranks import this_rank
 from dlrm_scale.training.readers import TrainReader
 from tests.distributed.test_guards import bad_batch
 from tests.support.launch import launch
-from tests.support.twin import BAG_TYPES, case_config, compare, make_plan
+from tests.support.twin import BAG_TYPES, case_config, compare, global_batches, make_plan
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -88,3 +91,26 @@ def test_batches_are_read_into_page_locked_memory(one_rank):
     with reader.batches() as stream:
         batch = next(stream)
     assert batch.dense_BF.is_pinned() and batch.bags.values().is_pinned() and batch.labels_BT.is_pinned()
+
+
+@pytest.mark.parametrize("stochastic", [False, True])
+def test_small_steps_of_fp16_tables_are_kept_on_average_by_stochastic_rounding_alone(one_rank, stochastic):
+    """SGD steps of a tenth of half the distance between two weights, through the sharded model."""
+    sparse = {"name": "sgd", "lr": 2e-5, "stochastic_rounding": stochastic}
+    config = case_config("table_wise", "table_wise", sparse, data_type="fp16")
+    device = torch.device("cuda:0")
+    model = shard_model(build_model(config, dense_device=device), make_plan(config, 1, 1, "cuda"), config, device)
+    [kernel] = fused_kernels(model.module.embeddings.ebc)
+    for weights in kernel.split_embedding_weights():
+        weights.fill_(1.0)
+    batch = global_batches(config, 1, 0)[0].to(device)
+    for _ in range(40):
+        pooled = model.module.embeddings(batch.bags, batch.sequences)[0]
+        pooled.wait()["user"].sum().backward()
+    user = kernel.split_embedding_weights()[0].float()
+    touched = batch.bags["user"].values().bincount(minlength=len(user))
+    moved = (1 - user).mean(1)[touched > 0].double()
+    if stochastic:
+        assert float((moved / touched[touched > 0]).mean()) == pytest.approx(40 * 2e-5, rel=0.05)
+    else:
+        assert float(moved[touched[touched > 0] == 1].abs().max()) == 0

@@ -35,7 +35,7 @@ def plan_of(config: RunConfig, world_size: int, ranks_per_host: int, bag_type: s
 
 def model_state(config: RunConfig, plan: Plan) -> ModelState:
     model = build_model(config, dense_device=CPU)
-    sharded = shard_model(model, plan, config.train.sparse, CPU, config.seed)
+    sharded = shard_model(model, plan, config, CPU)
     return ModelState(plan, sharded, TrainOptimizer(sharded, config.train, 100))
 
 

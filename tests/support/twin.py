@@ -131,7 +131,7 @@ def compare(config: RunConfig, plan: Plan) -> dict[str, float]:
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     device = torch.device(plan.request.cluster.device)
     model = build_model(config, dense_device=device)
-    sharded = shard_model(model, plan, config.train.sparse, device, config.seed)
+    sharded = shard_model(model, plan, config, device)
     optimizer = TrainOptimizer(sharded, config.train, NUM_STEPS)
     twin = Twin(config, plan, device)
     local = slice(

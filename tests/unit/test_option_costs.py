@@ -27,7 +27,9 @@ from torchrec.distributed.planner.types import ParameterConstraints
 from torchrec.distributed.types import CacheParams, PipelineType
 
 from dlrm_scale.cluster import CostCoefficients
+from dlrm_scale.communication_config import Communication
 from dlrm_scale.config import PLAIN_SPARSE_OPTIMIZERS, SEQUENCE_SHARDING_TYPES, SparseOptimizer, TableSharding
+from dlrm_scale.config_io import fingerprint
 from dlrm_scale.sharding.meta_world import bare_collections
 from dlrm_scale.sharding.options import BYTE_KINDS, STAGES, OptionSet, enumerate_options
 from dlrm_scale.sharding.plan import PlanRequest, TableSpec
@@ -91,9 +93,13 @@ def torchrecs(request: PlanRequest) -> dict[tuple, np.ndarray]:
             ),
         ],
     )
-    sharders = [EmbeddingBagCollectionSharder(), EmbeddingCollectionSharder()]
+    communication = request.sharding.communication
+    codecs = make_sharders(SparseOptimizer(), machines.device, communication)[0].qcomm_codecs_registry
+    sharders = [
+        kind(qcomm_codecs_registry=codecs) for kind in (EmbeddingBagCollectionSharder, EmbeddingCollectionSharder)
+    ]
     if machines.device == "cpu":  # where the stock ones have no row-wise types
-        sharders = make_sharders(SparseOptimizer(), "cpu")
+        sharders = make_sharders(SparseOptimizer(), "cpu", communication)
     found = {}
     for option in enumerator.enumerate(bare_collections(request), sharders):
         cached = option.compute_kernel == "fused_uvm_caching"
@@ -148,6 +154,18 @@ def test_every_shard_has_torchrecs_size_cost_and_bytes(machines):
 @pytest.mark.parametrize("machines", CLUSTERS.values(), ids=CLUSTERS)
 def test_coefficients_weigh_the_terms_as_torchrecs_do(machines):
     check_equals_torchrec(random_request(100, cluster(*machines, cost_coefficients=MIXED)))
+
+
+@pytest.mark.parametrize(
+    "communication", [{"forward": "fp16"}, {"backward": "bf16"}, {"forward": "bf16", "backward": "bf16"}], ids=str
+)
+@pytest.mark.parametrize("machines", CLUSTERS.values(), ids=CLUSTERS)
+def test_communication_in_fewer_bytes_costs_what_torchrec_says(machines, communication):
+    request = random_request(7, cluster(*machines))
+    sharding = request.sharding.model_copy(update={"communication": Communication(**communication)})
+    narrow = request.model_copy(update={"sharding": sharding})
+    check_equals_torchrec(narrow)
+    assert fingerprint(narrow) != fingerprint(request)
 
 
 # ---------------------------------------------------------------- optimizer

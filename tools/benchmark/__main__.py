@@ -7,6 +7,7 @@ from tools.commands import run_tool
 
 COMMANDS = {
     "checkpoint": "what saving costs a run, beside a plain write",
+    "communication": "the collectives of a configuration's step in each precision, and their share of it",
     "cluster": "memory and collectives of this machine, as a cluster file",
     "data": "rows a second of the loader alone, a core, beside a plain loop over the same files",
     "growth": "samples a second as batch, tables, rows and sequences grow",

@@ -91,7 +91,7 @@ def measure(tell: Callable[[int], None], config: RunConfig, folder: str, num_rou
 def _state(config: RunConfig, rank: Rank) -> ModelState:
     plan = from_first_rank(make_plan(config, rank) if rank.is_first else None)
     model = build_model(config, dense_device=rank.device)
-    sharded = shard_model(model, plan, config.train.sparse, rank.device, config.seed)
+    sharded = shard_model(model, plan, config, rank.device)
     return ModelState(plan, sharded, TrainOptimizer(sharded, config.train, 1))
 
 

@@ -65,7 +65,7 @@ def train(config: RunConfig, plan: Plan, rank: Rank, skip: str = "") -> TrainRes
     reader_type = InMemory if skip == "data" else TrainReader
     reader = reader_type(config, rank, open_source(config.data, config.features, "train", config.seed))
     model = _without_arch(config, rank) if skip == "dense" else build_model(config, dense_device=rank.device)
-    sharded = shard_model(model, plan, config.train.sparse, rank.device, config.seed)
+    sharded = shard_model(model, plan, config, rank.device)
     return Trainer(config, rank, sharded, reader, None, Board(None), Progress(None, reader.num_steps)).train()
 
 

@@ -62,7 +62,7 @@ def _batches(config: RunConfig, rank: Rank) -> list[RecBatch]:
 
 def _train(config: RunConfig, rank: Rank, plan: Plan, batches: list[RecBatch], num_steps: int) -> PlanRun:
     model = build_model(config, dense_device=rank.device)
-    sharded = shard_model(model, plan, config.train.sparse, rank.device, config.seed)
+    sharded = shard_model(model, plan, config, rank.device)
     sharded.train()
     total = WARMUP_STEPS + num_steps + DRAIN_STEPS
     pipeline = PIPELINES[config.train.pipeline](sharded, TrainOptimizer(sharded, config.train, total), rank.device)
