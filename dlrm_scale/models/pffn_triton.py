@@ -35,9 +35,7 @@ def _load(start, rows, columns, num_rows, num_columns):
 @triton.jit
 def _store(start, rows, columns, num_rows, num_columns, block):
     inside = (rows < num_rows)[:, None] & (columns < num_columns)[None, :]
-    tl.store(
-        start + rows[:, None] * num_columns + columns[None, :], block.to(start.dtype.element_ty), mask=inside
-    )
+    tl.store(start + rows[:, None] * num_columns + columns[None, :], block.to(start.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -136,15 +134,13 @@ def _backward_kernel(
 INTERPRETED = isinstance(_forward_kernel, InterpretedFunction)
 
 
-def _blocks(dtype: torch.dtype, dim: int, hidden: int) -> dict[str, int]:
-    """Sizes that keep a block's tiles inside the shared memory of sm_80 (163 KB) and later; by count, not yet tuned on a GPU."""
+def _blocks(dtype: torch.dtype, dim: int) -> dict[str, int]:
+    """By registers and shared memory of what Triton 3.7.1 compiles for sm_80, sm_90 and sm_100; no GPU has timed them yet."""
     wide = dim > MAX_DIM // 2
-    num_tokens = 32 if dtype == torch.float32 and wide else 64
-    num_hidden = min(32 if dtype == torch.float32 or wide else 64, triton.next_power_of_2(hidden))
     return {
-        "BN": num_tokens,
+        "BN": 32 if dtype == torch.float32 and wide else 64,
         "BD": max(MIN_BLOCK, triton.next_power_of_2(dim)),
-        "BK": max(MIN_BLOCK, num_hidden),
+        "BK": 32,
         "num_warps": 8 if wide else 4,
         "num_stages": 1 if dtype == torch.float32 else 2,
     }
@@ -153,7 +149,7 @@ def _blocks(dtype: torch.dtype, dim: int, hidden: int) -> dict[str, int]:
 def _launch(tokens_BNd: Tensor, hidden: int) -> tuple[tuple[int], dict[str, int | float | str]]:
     """Grid and the arguments that both kernels have in common."""
     num_samples, num_tokens, dim = tokens_BNd.shape
-    blocks = _blocks(tokens_BNd.dtype, dim, hidden)
+    blocks = _blocks(tokens_BNd.dtype, dim)
     precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
     sizes = {"num_tokens": num_tokens, "eps": NORM_EPS, "d": dim, "K": hidden, "PRECISION": precision}
     return (num_samples * triton.cdiv(num_tokens, blocks["BN"]),), sizes | blocks

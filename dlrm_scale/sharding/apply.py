@@ -12,6 +12,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.types import CacheParams, EmbeddingModuleShardingPlan, ParameterSharding, ShardingPlan
 
 from dlrm_scale.config import SparseOptimizer
+from dlrm_scale.errors import ConfigError
 from dlrm_scale.meta import META
 from dlrm_scale.sharding.plan import Plan
 from dlrm_scale.sharding.sharders import make_sharders
@@ -56,17 +57,33 @@ def _device_of(rank: int, device_type: str, ranks_per_host: int) -> str:
 
 
 def shard_model(
-    model: nn.Module, plan: Plan, optimizer: SparseOptimizer, device: torch.device, seed: int
+    model: nn.Module,
+    plan: Plan,
+    optimizer: SparseOptimizer,
+    device: torch.device,
+    seed: int,
+    prefetch: bool = False,
 ) -> ShardedModel:
     """Shards `model`'s collections (tables on meta) by `plan` and replicates the rest; needs the process group.
 
     Every table starts with the same values under any plan and world size: see `initialise_tables`.
+
+    Args:
+        prefetch: for TorchRec's prefetching pipeline.
+
+    Raises:
+        ConfigError: there is nothing to prefetch, or the device has no such optimizer.
     """
+    if prefetch and not any(table.compute_kernel == "fused_uvm_caching" for table in plan.tables.values()):
+        raise ConfigError(
+            "train.pipeline is prefetch, but the plan holds no table as fused_uvm_caching, so that there is no cache to fill; set "
+            "train.pipeline=sparse_dist, or sharding.tables={NAME: {kernels: [fused_uvm_caching]}}"
+        )
     sharded = DistributedModelParallel(
         model,
         device=device,
         plan=to_torchrec(plan),
-        sharders=make_sharders(optimizer, device.type),
+        sharders=make_sharders(optimizer, device.type, prefetch),
         init_parameters=False,
     )
     initialise_tables(sharded, plan, seed)

@@ -19,6 +19,7 @@ LOCK, CONFIG, RECORD, LEFT_OUT = ".lock", "config.yaml", "record.json", "left_ou
 MAY_DIFFER = (
     *("device", "sharding", "eval", "log", "checkpoint", "output"),
     *("train.max_steps", "train.epochs", "train.pipeline", "train.compile"),
+    "model.pffn_kernel",
     *("data.prefetch_batches", "data.max_held_rows", "data.preflight_rows"),
 )
 

@@ -65,7 +65,8 @@ def train(config: RunConfig, plan: Plan, rank: Rank, skip: str = "") -> TrainRes
     reader_type = InMemory if skip == "data" else TrainReader
     reader = reader_type(config, rank, open_source(config.data, config.features, "train", config.seed))
     model = _without_arch(config, rank) if skip == "dense" else build_model(config, dense_device=rank.device)
-    sharded = shard_model(model, plan, config.train.sparse, rank.device, config.seed)
+    prefetch = config.train.pipeline == "prefetch"
+    sharded = shard_model(model, plan, config.train.sparse, rank.device, config.seed, prefetch)
     return Trainer(config, rank, sharded, reader, None, Board(None), Progress(None, reader.num_steps)).train()
 
 
