@@ -9,6 +9,7 @@ COMMANDS = {
     "checkpoint": "what saving costs a run, beside a plain write",
     "cluster": "memory and collectives of this machine, as a cluster file",
     "growth": "samples a second as batch, tables, rows and sequences grow",
+    "model": "the dense arch alone: forward and backward, its variants, and how far each is from the limit",
     "plan": "our planner beside TorchRec's",
     "predictor": "the tuner's predictor on workloads it never saw, beside simpler ones",
     "replay_table": "points of a tuning space, really measured, for searchers to be compared on",
