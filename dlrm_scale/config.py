@@ -118,6 +118,9 @@ class InterFormerConfig(Strict):
     )
     pffn: Literal["rank", "matrix", "two_layer", "gdpa", "none"] = "two_layer"
     pffn_hidden: int | None = Field(None, gt=0, description="K of two_layer and gdpa; None: dim")
+    pffn_kernel: Literal["torch", "triton", "auto"] = Field(
+        "torch", description="of two_layer: PyTorch's operations, one fused kernel on CUDA, or that wherever it can run"
+    )
     attention: bool = Field(True, description="False leaves the sequence arch's MHA out")
     paper_literal: bool = Field(False, description="Eq. 9 as printed: no residual, no pre-norm")
     mask_ratio: float = Field(1.0, gt=0, description="hidden width of MaskNet's mask MLP over its input width")
@@ -276,11 +279,15 @@ class TrainConfig(Strict):
     max_steps: int | None = Field(
         None, gt=0, description="stop after this many optimizer steps; None: after the last epoch"
     )
-    pipeline: Literal["sparse_dist", "none"] = Field(
-        "sparse_dist", description="overlap the next batch's id exchange, or a plain loop"
+    pipeline: Literal["sparse_dist", "prefetch", "none"] = Field(
+        "sparse_dist",
+        description="overlap the next batch's id exchange, also the fill of the caches of fused_uvm_caching tables (CUDA), or a plain loop",
     )
     precision: Literal["fp32", "bf16"] = Field(
         "fp32", description="of the dense arch's products; losses, norms and tables stay fp32"
+    )
+    tf32: bool = Field(
+        False, description="fp32 products on CUDA in TF32: 10 bits of mantissa, 8 times the speed or more"
     )
     compile: bool = Field(
         False,
@@ -302,6 +309,17 @@ class TrainConfig(Strict):
     sparse: SparseOptimizer = SparseOptimizer()
     dense: DenseOptimizer = DenseOptimizer()
     schedule: Schedule = Schedule()
+
+    @model_validator(mode="after")
+    def _check(self) -> "TrainConfig":
+        if self.tf32 and self.precision == "bf16":
+            raise ValueError("train.tf32 is of fp32 products, but train.precision is bf16; leave one of them out")
+        if self.pipeline == "prefetch" and self.nonfinite != "stop":
+            raise ValueError(
+                f"train.pipeline is prefetch and train.nonfinite is {self.nonfinite}, but a micro-batch that is dropped would leave its "
+                "rows locked in FBGEMM's caches, which its backward pass unlocks; set train.nonfinite=stop or train.pipeline=sparse_dist"
+            )
+        return self
 
 
 class EvalConfig(Strict):

@@ -44,7 +44,9 @@ class SelfAttention(nn.Module):
         self.qkv = linear(dim, 3 * dim, bias=False)
         self.out = linear(dim, dim, bias=False)
         table = rotary_table(num_tokens, dim // num_heads, rope_base)
-        self.register_buffer("rotary_2Nd", table.repeat(1, 1, 2 * num_heads), persistent=False)  # of all queries and keys
+        self.register_buffer(
+            "rotary_2Nd", table.repeat(1, 1, 2 * num_heads), persistent=False
+        )  # of all queries and keys
 
     def forward(self, tokens_BNd: Tensor, valid_BN: Tensor) -> Tensor:
         # A pair turned by an angle is cos times the pair, and sin times the pair turned by a quarter.

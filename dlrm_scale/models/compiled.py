@@ -8,15 +8,24 @@ from torch import nn
 from torch._dynamo.exc import TorchDynamoException
 
 
-def compile_arch(arch: nn.Module) -> None:
-    """Replaces the arch's `forward`, so that parameters keep their names and hooks run outside of what is compiled."""
-    arch.forward = _Compiled(arch)
+def compile_arch(arch: nn.Module, on_cpu: bool) -> None:
+    """Replaces the `forward` of the arch, or of its regions, so that parameters keep their names and hooks run outside of what is compiled.
+
+    Args:
+        arch: where it has `regions` (modules, and modules that see sequences), these are compiled one by one: layers of one
+            class share their code, and how a batch is cut into chunks of other lengths stays outside.
+    """
+    plain, of_sequences = arch.regions if hasattr(arch, "regions") else ([arch], [])
+    for module in plain:
+        module.forward = _Compiled(module, dynamic=None)
+    for module in of_sequences:
+        module.forward = _Compiled(module, dynamic=on_cpu or None)  # elsewhere, all sequences are padded to one length
 
 
 class _Compiled:
-    def __init__(self, arch: nn.Module) -> None:
-        self.name, self.plain = type(arch).__name__, arch.forward
-        self.forward = torch.compile(arch.forward)
+    def __init__(self, module: nn.Module, dynamic: bool | None) -> None:
+        self.name, self.plain = type(module).__name__, module.forward
+        self.forward = torch.compile(module.forward, dynamic=dynamic)
 
     def __call__(self, *args: Any) -> Any:
         if self.forward is self.plain:

@@ -210,6 +210,14 @@ class InterFormer(nn.Module):
         self.interactions = nn.ModuleList(InteractionArch(num_x, num_x, config) for _ in range(config.num_layers))
         self.final_x = NonSequenceSummary(num_x, config)
 
+    @property
+    def regions(self) -> tuple[list[nn.Module], list[nn.Module]]:
+        """What `compile_arch` compiles: modules that see each sample once, and modules that see sequences."""
+        plain = [self.features, *self.interactions, self.final_x, self.head]
+        if not self.two_arches:
+            return plain, []
+        return [*plain, *self.x_summaries], [self.events.unify, *self.sequences, *self.s_summaries, self.final_s]
+
     def forward(self, dense_BF: Tensor, pooled: KeyedTensor | None, embedded: Embedded | None) -> Tensor:
         """Logits (B, T) of dense features (B, F), pooled vectors (B, d_table) and events by feature name."""
         x_BXd = self.features(dense_BF, pooled, embedded)

@@ -6,6 +6,8 @@ half of the variance, and X_sum is normalised first, so that small embeddings do
 """
 
 # B batch  C summary tokens  N tokens  d token dim  K hidden width  H heads  h dim of a head
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -69,6 +71,9 @@ class TwoLayerPFFN(nn.Module):
     """The deployed form (KernelEvolve, arXiv 2512.23236, section 5.3.2): RMSNorm(RMSNorm(GELU(S W1 + b1)) W2 + b2).
 
     W1 (d, K) and W2 (K, d) are made for each sample; the biases are shared.
+
+    Attributes:
+        fused: one kernel for all but the making of the weights (kernels.py sets it); None: the operations here.
     """
 
     def __init__(self, num_summary: int, dim: int, hidden: int) -> None:
@@ -78,9 +83,13 @@ class TwoLayerPFFN(nn.Module):
         self.bias2_d = nn.Parameter(torch.zeros(dim))
         self.norm1 = RMSNorm(hidden)
         self.norm2 = RMSNorm(dim)
+        self.fused: Callable[..., Tensor] | None = None
 
     def forward(self, summary_BCd: Tensor, tokens_BNd: Tensor) -> Tensor:
         weight1_BdK, weight2_BKd = self.hyper(summary_BCd)
+        if self.fused is not None:
+            shared = (self.bias1_K, self.norm1.weight, weight2_BKd, self.bias2_d, self.norm2.weight)
+            return self.fused(tokens_BNd, weight1_BdK, *shared)
         hidden_BNK = self.norm1(functional.gelu(tokens_BNd @ weight1_BdK + self.bias1_K))
         return self.norm2(hidden_BNK @ weight2_BKd + self.bias2_d)
 

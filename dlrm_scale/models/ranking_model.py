@@ -21,6 +21,7 @@ from dlrm_scale.models.dlrm import DLRM
 from dlrm_scale.models.embeddings import Embeddings
 from dlrm_scale.models.inputs import Embedded, in_bf16, wait
 from dlrm_scale.models.interformer import InterFormer
+from dlrm_scale.models.kernels import choose_kernels
 from dlrm_scale.models.logistic import Logistic
 from dlrm_scale.models.recompute import recompute_layers
 
@@ -95,15 +96,16 @@ class RankingModel(nn.Module):
 
 
 def build_model(config: RunConfig, *, table_device: torch.device = META, dense_device: torch.device) -> RankingModel:
-    """The model of a run; raises ConfigError: the features do not suit the arch."""
+    """The model of a run; raises ConfigError: the features do not suit the arch, or the device a kernel that is asked for."""
     embeddings = Embeddings(config.features, table_device)
     if dense_device == META:
         with without_memory():
             arch = build_arch(config)
     else:
         arch = build_arch(config).to(dense_device)
+        choose_kernels(arch, config, dense_device)
         if config.train.compile:
-            compile_arch(arch)
+            compile_arch(arch, on_cpu=dense_device.type == "cpu")
     return RankingModel(embeddings, arch, config.train.precision)
 
 

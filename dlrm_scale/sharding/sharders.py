@@ -59,9 +59,9 @@ def _kernels(sharding_type: str) -> list[str]:
 
 
 def make_sharders(
-    optimizer: SparseOptimizer, device_type: str, communication: Communication = PLAIN
+    optimizer: SparseOptimizer, device_type: str, communication: Communication = PLAIN, prefetch: bool = False
 ) -> list[BagSharder | SequenceSharder]:
-    """Raises ConfigError for what the device's kernels do not have, or would ignore."""
+    """`prefetch`: for a pipeline that fills caches ahead. Raises ConfigError for what the device's kernels do not have, or would ignore."""
     if device_type == "cpu" and optimizer.name not in PLAIN_SPARSE_OPTIMIZERS:
         raise ConfigError(
             f"train.sparse.name is {optimizer.name}, which FBGEMM has for CUDA only; on CPU take one of {', '.join(PLAIN_SPARSE_OPTIMIZERS)}"
@@ -82,6 +82,8 @@ def make_sharders(
         "weight_decay": optimizer.weight_decay,
         "stochastic_rounding": optimizer.stochastic_rounding,  # FBGEMM's own default is true
     }
+    if prefetch:
+        fused["prefetch_pipeline"] = True  # locks a batch's rows in the cache until its backward pass
     if optimizer.weight_decay and optimizer.name == "rowwise_adagrad":
         fused["weight_decay_mode"] = WeightDecayMode.L2  # without a mode, this kernel ignores weight_decay
     replicates = optimizer.name in PLAIN_SPARSE_OPTIMIZERS

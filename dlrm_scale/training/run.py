@@ -30,6 +30,7 @@ from dlrm_scale.sharding.apply import shard_model
 from dlrm_scale.sharding.plan import Plan, PlanRequest, load_plan, plan_request, rule_differences, save_plan
 from dlrm_scale.sharding.planner import find_plan
 from dlrm_scale.training.checkpoints import RunCheckpoints, checkpoint_folder
+from dlrm_scale.training.device import check_device
 from dlrm_scale.training.keepers import Keepers
 from dlrm_scale.training.metrics import binary_metrics
 from dlrm_scale.training.monitor import Board, Metrics, peak_memory_bytes
@@ -64,6 +65,7 @@ def run(config: RunConfig, preemption: Preemption | None = None, started_at: flo
     """
     rank = this_rank(config.device)
     check_num_ranks(config, rank.world_size)
+    check_device(config, rank.device)
     console = Console() if rank.is_first else None
     if console and config.train.precision == "bf16" and rank.device.type == "cpu" and not cpu_has_bf16():
         console.print(

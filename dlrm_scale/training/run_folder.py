@@ -26,6 +26,7 @@ MAY_DIFFER = (
         "train.activation_checkpointing",
         "train.all_reduce.bucket_mb",
     ),
+    "model.pffn_kernel",
     *("data.prefetch_batches", "data.max_held_rows", "data.preflight_rows"),
 )
 MUST_AGREE = ("sharding.communication",)  # though it is in one of those

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torchrec.distributed.train_pipeline import TrainPipelineBase, TrainPipelineSparseDist
+from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from dlrm_scale.checkpoint.interval import SaveSchedule
 from dlrm_scale.config import RunConfig
@@ -19,16 +19,16 @@ from dlrm_scale.resilience.watchdog import Watchdog
 from dlrm_scale.sharding.apply import ShardedModel
 from dlrm_scale.training.bad_batches import BadBatches
 from dlrm_scale.training.clock import StepClock
+from dlrm_scale.training.device import set_product_precision
 from dlrm_scale.training.keepers import Keepers
 from dlrm_scale.training.monitor import Board, Metrics, PredictionStore, RunningLoss, peak_memory_bytes
 from dlrm_scale.training.optimizers import TrainOptimizer
+from dlrm_scale.training.pipelines import make_pipeline
 from dlrm_scale.training.progress import Progress
 from dlrm_scale.training.ranks import Rank, from_first_rank, gather_rows, sum_counts
 from dlrm_scale.training.readers import EvalReader, TrainReader
 from dlrm_scale.training.result import TrainResult
 from dlrm_scale.training.state import RankState
-
-PIPELINES = {"sparse_dist": TrainPipelineSparseDist, "none": TrainPipelineBase}
 
 LOGS_OF_A_STRAGGLER = 3  # in a row, before the console names it
 
@@ -57,6 +57,7 @@ class Trainer:
         keepers: Keepers | None = None,
     ) -> None:
         self.config, self.rank, self.model, self.board, self.progress = config, rank, model, board, progress
+        set_product_precision(config.train, rank.device)
         self.train_reader, self.eval_reader = train_reader, eval_reader
         self.optimizer = TrainOptimizer(model, config.train, train_reader.num_steps)
         self.keepers = keepers or Keepers(Watchdog(rank.index, rank.world_size, 0, 0))
@@ -106,8 +107,8 @@ class Trainer:
             while result.num_steps < total:
                 # A pipeline of its own up to each evaluation: it must run empty, as it holds exchanged ids of the batches it
                 # has begun, and an empty one does not start again.
-                pipeline = PIPELINES[train.pipeline](self.model, optimizer, self.rank.device)
-                pipeline._backward = self.guard.backward
+                device, backward = self.rank.device, self.guard.backward
+                pipeline = make_pipeline(train.pipeline, self.model, optimizer, device, backward)
                 until_evaluation = between_evaluations - result.num_steps % between_evaluations
                 num_steps = min(until_evaluation, total - result.num_steps)
                 stop = result.num_steps + num_steps

@@ -23,14 +23,16 @@ from dlrm_scale.sharding.plan import Plan
 from dlrm_scale.training.keepers import Keepers
 from dlrm_scale.training.monitor import Board
 from dlrm_scale.training.optimizers import TrainOptimizer
+from dlrm_scale.training.pipelines import make_pipeline
 from dlrm_scale.training.progress import Progress
 from dlrm_scale.training.ranks import this_rank
 from dlrm_scale.training.readers import TrainReader
-from dlrm_scale.training.trainer import PIPELINES, Trainer
+from dlrm_scale.training.trainer import Trainer
 from tests.support.configs import tiny_config
 from tests.support.twin import BAG_TYPES, case_config, constraint, make_plan
 from tools.replay_batch import main as replay_batch
 
+PIPELINES = ("sparse_dist", "none")  # prefetch: test_prefetch_pipeline.py
 NUM_BATCHES, BAD = 6, 3  # micro-batches of a run, and the one that goes wrong
 ADAGRAD = {"name": "rowwise_adagrad", "lr": 0.1}
 State = dict[str, torch.Tensor]
@@ -103,8 +105,7 @@ def trained(
     tables = model.module.embeddings
     parameters = [*optimizer.dense_parameters, *optimizer.replicated_tables.values()]
     guard = Guard([tables.ebc, tables.ec], parameters, found.append)
-    runner = PIPELINES[pipeline](model, optimizer, model.device)
-    runner._backward = guard.backward
+    runner = make_pipeline(pipeline, model, optimizer, model.device, guard.backward)
     number, around = 0, []
     if overflow and dist.get_rank() == 1:
         optimizer.dense_parameters[0].register_hook(lambda g: g * math.inf if number == BAD else g)

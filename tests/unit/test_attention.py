@@ -1,6 +1,6 @@
 import torch
 
-from dlrm_scale.models.attention import AttentionPooling, SelfAttention, rotary_table, rotate
+from dlrm_scale.models.attention import AttentionPooling, SelfAttention, attend, quarter_turn, rotary_table
 
 B, N, D, HEADS = 3, 7, 16, 4
 
@@ -44,6 +44,16 @@ def test_self_attention_equals_a_plain_twin():
     torch.testing.assert_close(attention(x, valid), expected, atol=1e-5, rtol=1e-4)
 
 
+def rotate(x_Nh, table_2Nh):
+    cos_Nh, sin_Nh = table_2Nh
+    return x_Nh * cos_Nh + quarter_turn(x_Nh.T).T * sin_Nh
+
+
+def test_cosines_and_quarter_turns_make_the_rotation():
+    x = torch.randn(40, D)
+    torch.testing.assert_close(rotate(x, rotary_table(40, D, 100.0)), turn(x, 100.0), atol=1e-4, rtol=1e-4)
+
+
 def test_rotary_scores_depend_on_the_distance_only():
     q, k = torch.randn(2, D)
     table = rotary_table(40, D, 10_000.0)
@@ -53,6 +63,24 @@ def test_rotary_scores_depend_on_the_distance_only():
         diagonal = scores.diagonal(distance)
         torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), atol=1e-4, rtol=1e-4)
     assert scores.diagonal(0)[0].sub(scores.diagonal(4)[0]).abs() > 1e-2
+
+
+def test_bf16_attention_of_cpus_equals_the_fused_one_in_fp32():
+    torch.manual_seed(0)
+    rounded = [torch.randn(B, HEADS, N, D).bfloat16() for _ in range(4)]
+    valid = mask(7, 4, 1)
+    results = []
+    for dtype in (torch.float32, torch.bfloat16):
+        q, k, v, grad = (x.to(dtype) for x in rounded)
+        inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            out = attend(*inputs, valid)
+        out.backward(grad)
+        results.append([out, *(x.grad for x in inputs)])
+        assert out.dtype == dtype
+    for exact, got in zip(*results, strict=True):
+        assert (got.float() - exact).norm() <= 0.01 * exact.norm()  # of bf16's 2^-8, through two products
+    assert results[1][2][1, :, 4:].eq(0).all() and results[1][3][1, :, 4:].eq(0).all()  # keys and values out of sight
 
 
 def test_pooling_equals_a_plain_twin():

@@ -57,6 +57,11 @@ def test_every_shipped_configuration_is_valid(path):
         ("train.sparse={name: sgd, weight_decay: 0.1}", ["sgd", "weight_decay"]),
         ("model.arch=transformer", ["transformer", "interformer"]),
         ("train.dense.lr=.nan", ["train.dense.lr"]),
+        ("train={global_batch_size: 64, tf32: true, precision: bf16}", ["train.tf32", "fp32 products", "bf16"]),
+        (
+            "train={global_batch_size: 64, pipeline: prefetch, nonfinite: skip}",
+            ["train.pipeline is prefetch", "train.nonfinite is skip", "set train.nonfinite=stop"],
+        ),
     ],
 )
 def test_a_mistake_is_named_with_its_way_out(tiny, override, parts):

@@ -5,6 +5,7 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 from dlrm_scale.errors import ConfigError
 from dlrm_scale.models.attention import SelfAttention
 from dlrm_scale.models.interformer import InterFormer, SequenceArch
+from dlrm_scale.models.length_chunks import LengthChunks
 from dlrm_scale.models.ranking_model import build_model
 from tests.support.model_inputs import FEATURES, random_batch, run_config, with_features
 
@@ -125,9 +126,10 @@ def test_garbage_behind_the_last_event_changes_nothing():
     before = logits(model, batch)
 
     def spoil(_module, _inputs, outputs):
-        events_BEd, lengths_B = outputs
+        [events_BEd] = outputs
+        lengths_B = batch.sequences["item_hist"].lengths()
         behind = torch.arange(events_BEd.shape[1]) >= lengths_B[:, None]
-        return torch.where(behind[:, :, None], 1e3 * torch.randn_like(events_BEd), events_BEd), lengths_B
+        return [torch.where(behind[:, :, None], 1e3 * torch.randn_like(events_BEd), events_BEd)]
 
     model.dense.arch.events.register_forward_hook(spoil)
     torch.testing.assert_close(logits(model, batch), before, atol=1e-5, rtol=1e-4)
@@ -168,7 +170,8 @@ def test_histories_of_unequal_length_are_joined_and_count_where_either_has_an_ev
     }
     seen = []
     arch.events.unify.register_forward_hook(lambda _m, inputs, _o: seen.append(inputs[0]))
-    events_BEd, lengths_B = arch.events(embedded)
+    lengths_B = arch.events.lengths(embedded)
+    [events_BEd] = arch.events(embedded, LengthChunks([2], [6]))
     assert lengths_B.tolist() == [3, 5] and events_BEd.shape == (2, 6, 8)
     present = seen[0].ne(0).unflatten(2, (3, 8)).any(3)  # sample, event, field
     assert present[0].int().tolist() == [[1, 1, 1], [0, 0, 1], [0, 0, 1], [0] * 3, [0] * 3, [0] * 3]

@@ -11,6 +11,7 @@ COMMANDS = {
     "cluster": "memory and collectives of this machine, as a cluster file",
     "data": "rows a second of the loader alone, a core, beside a plain loop over the same files",
     "growth": "samples a second as batch, tables, rows and sequences grow",
+    "model": "the dense arch alone: forward and backward, its variants, and how far each is from the limit",
     "plan": "our planner beside TorchRec's",
     "predictor": "the tuner's predictor on workloads it never saw, beside simpler ones",
     "replay_table": "points of a tuning space, really measured, for searchers to be compared on",

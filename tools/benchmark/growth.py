@@ -1,7 +1,7 @@
 """`growth`: samples a second as the batch, the tables, their rows or the sequences grow; one plot each."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -116,14 +116,19 @@ def axes_of(args: argparse.Namespace) -> list[tuple[str, tuple[int, ...]]]:
     """Raises ConfigError: no such axis, or a size that is no number."""
     if not args.axis:
         return [(name, sizes) for name, (_, _, sizes) in AXES.items()]
+    return [(name, sizes or AXES[name][2]) for name, sizes in parse_axes(args.axis, AXES)]
+
+
+def parse_axes(given: Iterable[Sequence[str]], known: Collection[str]) -> list[tuple[str, tuple[int, ...]]]:
+    """(name, sizes) of each `--axis`. Raises ConfigError: no such axis, or a size that is no number."""
     found = []
-    for name, *sizes in args.axis:
-        if name not in AXES:
-            raise ConfigError(f"--axis has no {name!r}; it has {', '.join(AXES)}")
+    for name, *sizes in given:
+        if name not in known:
+            raise ConfigError(f"--axis has no {name!r}; it has {', '.join(known)}")
         wrong = [size for size in sizes if not size.isdigit() or not int(size)]
         if wrong:
             raise ConfigError(f"--axis {name}: a size is a whole number above 0, but one is {wrong[0]!r}")
-        found.append((name, tuple(map(int, sizes)) or AXES[name][2]))
+        found.append((name, tuple(map(int, sizes))))
     return found
 
 

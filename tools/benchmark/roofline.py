@@ -1,12 +1,13 @@
 """What this machine could do at most, measured on all ranks at once, and what a training step asks of it, counted."""
 
 import statistics
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
-from dlrm_scale.config import RunConfig
+from dlrm_scale.config import RunConfig, TrainConfig
 from dlrm_scale.models.dense_trace import count_flops
 from dlrm_scale.sharding.options import ELEMENT_BYTES
 from dlrm_scale.sharding.storage import OPTIMIZER_STATES, STATE_BYTES
@@ -15,7 +16,7 @@ from dlrm_scale.training.run import cpu_has_bf16
 from tools.benchmark.bandwidth import ID_BYTES, finish_of
 from tools.benchmark.timing import Case, time_interleaved
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
 MATRIX = {"cpu": 1024, "cuda": 8192}  # rows and columns: large enough to reach the peak
 COPY_BYTES = {"cpu": 2**27, "cuda": 2**30}  # far over any cache
 SECONDS = 1.5
@@ -26,7 +27,9 @@ FLOAT_BYTES = 4
 class Peaks:
     """Of all ranks together."""
 
-    flops_per_s: dict[str, float]  # by precision: a large matrix product; no bf16 on a CPU without instructions for it
+    flops_per_s: dict[
+        str, float
+    ]  # by precision: a large matrix product; no bf16 on a CPU without instructions for it, tf32 on CUDA only
     copy_bytes_per_s: float  # read + write
 
 
@@ -43,25 +46,44 @@ class Work:
     embedding_bytes: int
 
 
-def measure_peaks(device: torch.device) -> Peaks:
-    """Collective. The slowest rank's median counts for all."""
-    size = MATRIX[device.type]
+def peak_cases(device: torch.device) -> dict[str, Case]:
+    """By precision a large matrix product, and a copy: what `peaks_of` takes the seconds of."""
+    size, on_cuda = MATRIX[device.type], device.type == "cuda"
     cases = {}
     for precision, dtype in DTYPES.items():
-        if precision == "bf16" and device.type == "cpu" and not cpu_has_bf16():
+        if precision == "bf16" and not on_cuda and not cpu_has_bf16():
             continue  # one product would take minutes
+        if precision == "tf32" and not on_cuda:
+            continue
         a, b, out = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(3))
-        cases[precision] = Case(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), finish=finish_of(device))
+
+        def multiply(a=a, b=b, out=out, tf32=precision == "tf32") -> None:
+            torch.backends.cuda.matmul.allow_tf32 = tf32
+            torch.mm(a, b, out=out)
+
+        cases[precision] = Case(multiply, finish=finish_of(device))
     source, target = (torch.ones(COPY_BYTES[device.type] // FLOAT_BYTES, device=device) for _ in range(2))
     cases["copy"] = Case(lambda: target.copy_(source), finish=finish_of(device))
-    seconds = time_interleaved(cases, SECONDS, align=dist.barrier, agree=from_first_rank)
+    return cases
+
+
+def peaks_of(seconds: Mapping[str, float], device: torch.device, num_ranks: int) -> Peaks:
+    """`seconds`: of one call of each of `peak_cases`, which all ranks made at once."""
+    flops, moved = num_ranks * 2 * MATRIX[device.type] ** 3, num_ranks * 2 * COPY_BYTES[device.type]
+    return Peaks({name: flops / s for name, s in seconds.items() if name in DTYPES}, moved / seconds["copy"])
+
+
+def measure_peaks(device: torch.device) -> Peaks:
+    """Collective. The slowest rank's median counts for all."""
+    seconds = time_interleaved(peak_cases(device), SECONDS, align=dist.barrier, agree=from_first_rank)
     slowest = torch.tensor([statistics.median(s) for s in seconds.values()], dtype=torch.float64)
     dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
-    *products, copy = slowest.tolist()
-    ranks = dist.get_world_size()
-    precisions = [name for name in seconds if name in DTYPES]
-    flops = {name: ranks * 2 * size**3 / s for name, s in zip(precisions, products, strict=True)}
-    return Peaks(flops, ranks * 2 * COPY_BYTES[device.type] / copy)
+    return peaks_of(dict(zip(seconds, slowest.tolist(), strict=True)), device, dist.get_world_size())
+
+
+def precision_of(train: TrainConfig) -> str:
+    """The key of `Peaks.flops_per_s` that a configuration's products are held against."""
+    return "tf32" if train.tf32 else train.precision
 
 
 def count_work(config: RunConfig, num_ranks: int) -> Work:

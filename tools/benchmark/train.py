@@ -27,7 +27,7 @@ from dlrm_scale.tuning.knobs import RANKS_KEY, THREADS_KEY
 from dlrm_scale.tuning.trial import short
 from tools.benchmark.cluster import positive
 from tools.benchmark.ranks import run_on_ranks
-from tools.benchmark.roofline import Work, count_work
+from tools.benchmark.roofline import Work, count_work, precision_of
 from tools.benchmark.stock_loop import check, measure_stock
 from tools.benchmark.train_ranks import SKIPS, RankRun, measure_training, trace_training
 
@@ -212,7 +212,7 @@ def figures(variant: Variant, ranks: Sequence[RankRun]) -> dict[str, Any]:
             for precision, peak in first.peaks.flops_per_s.items()
         },
         "mbu": steps_per_s * work.embedding_bytes / first.peaks.copy_bytes_per_s,
-        "precision": config.train.precision,
+        "precision": precision_of(config.train),
     }
 
 

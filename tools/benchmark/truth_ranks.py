@@ -18,8 +18,8 @@ from dlrm_scale.models.ranking_model import build_model
 from dlrm_scale.sharding.apply import MODULE_PATHS, ShardedModel, shard_model
 from dlrm_scale.sharding.plan import Plan
 from dlrm_scale.training.optimizers import TrainOptimizer
+from dlrm_scale.training.pipelines import make_pipeline
 from dlrm_scale.training.ranks import Rank, process_group, this_rank
-from dlrm_scale.training.trainer import PIPELINES
 
 NUM_BATCHES = 4  # of each rank, all in memory, one after the other over and over
 WARMUP_STEPS = 3  # the first fills the pipeline and traces the model; memory is first touched
@@ -65,7 +65,8 @@ def _train(config: RunConfig, rank: Rank, plan: Plan, batches: list[RecBatch], n
     sharded = shard_model(model, plan, config, rank.device)
     sharded.train()
     total = WARMUP_STEPS + num_steps + DRAIN_STEPS
-    pipeline = PIPELINES[config.train.pipeline](sharded, TrainOptimizer(sharded, config.train, total), rank.device)
+    optimizer = TrainOptimizer(sharded, config.train, total)
+    pipeline = make_pipeline(config.train.pipeline, sharded, optimizer, rank.device)
     stream, step_ms = islice(cycle(batches), total), []
     dist.barrier()
     for _ in range(total):

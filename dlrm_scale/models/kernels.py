@@ -1,0 +1,55 @@
+"""Which of our own kernels an arch runs with on a device."""
+
+from importlib.util import find_spec
+
+import torch
+from torch import nn
+
+from dlrm_scale.config import RunConfig
+from dlrm_scale.errors import ConfigError
+from dlrm_scale.models.pffn import TwoLayerPFFN
+
+OLDEST_GPU = (8, 0)  # compute capability: FBGEMM 1.8.0 has no code for older ones
+
+
+def choose_kernels(arch: nn.Module, config: RunConfig, device: torch.device) -> None:
+    """Gives the arch's modules the kernels that `config` asks for. Raises ConfigError: `device` cannot run one."""
+    if not fuses_pffn(config, device):
+        return
+    from dlrm_scale.models.pffn_triton import fused_pffn
+
+    for module in arch.modules():
+        if isinstance(module, TwoLayerPFFN):
+            module.fused = fused_pffn
+
+
+def fuses_pffn(config: RunConfig, device: torch.device) -> bool:
+    """Raises ConfigError: model.pffn_kernel is triton, and it cannot run."""
+    model = config.model
+    if model.arch != "interformer" or model.pffn_kernel == "torch":
+        return False
+    why_not = _why_not_fused(config, device)
+    if why_not and model.pffn_kernel == "triton":
+        raise ConfigError(f"model.pffn_kernel is triton, but {why_not}; set model.pffn_kernel=torch or auto")
+    return why_not is None
+
+
+def _why_not_fused(config: RunConfig, device: torch.device) -> str | None:
+    model, train = config.model, config.train
+    if model.mode == "sole" or model.pffn != "two_layer":
+        return f"model.mode {model.mode} with model.pffn {model.pffn} has no two_layer PFFN"
+    if find_spec("triton") is None:
+        return "Triton is not installed"
+    from dlrm_scale.models.pffn_triton import INTERPRETED, MAX_DIM
+
+    if model.dim > MAX_DIM:
+        return f"model.dim is {model.dim}, and its blocks hold at most {MAX_DIM}"
+    if INTERPRETED:
+        return None
+    if device.type != "cuda":
+        return f"the device is {device.type}, and it needs CUDA"
+    if torch.cuda.get_device_capability(device) < OLDEST_GPU:
+        return f"{torch.cuda.get_device_name(device)} is older than compute capability {OLDEST_GPU[0]}.{OLDEST_GPU[1]}"
+    if train.precision == "fp32" and not train.tf32:
+        return "strict fp32 products have no tensor cores, without which it is slow (train.precision=bf16 or train.tf32=true has them)"
+    return None
