@@ -1,6 +1,7 @@
 """A dense arch by torch.compile; as it is, and saying so, where it cannot be compiled."""
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,24 +17,31 @@ def compile_arch(arch: nn.Module, on_cpu: bool) -> None:
             class share their code, and how a batch is cut into chunks of other lengths stays outside.
     """
     plain, of_sequences = arch.regions if hasattr(arch, "regions") else ([arch], [])
+    compiled = _CompiledArch(type(arch).__name__)
     for module in plain:
-        module.forward = _Compiled(module, dynamic=None)
-    for module in of_sequences:
-        module.forward = _Compiled(module, dynamic=on_cpu or None)  # elsewhere, all sequences are padded to one length
+        module.forward = compiled.region(module.forward, dynamic=None)
+    for module in of_sequences:  # on a CPU each chunk has a length of its own
+        module.forward = compiled.region(module.forward, dynamic=on_cpu or None)
 
 
-class _Compiled:
-    def __init__(self, module: nn.Module, dynamic: bool | None) -> None:
-        self.name, self.plain = type(module).__name__, module.forward
-        self.forward = torch.compile(module.forward, dynamic=dynamic)
+class _CompiledArch:
+    def __init__(self, name: str) -> None:
+        self.name, self.is_plain = name, False
 
-    def __call__(self, *args: Any) -> Any:
-        if self.forward is self.plain:
-            return self.plain(*args)
-        try:
-            return self.forward(*args)
-        except TorchDynamoException as e:  # no C++ compiler or Triton, or an operation that it does not know
-            self.forward = self.plain
-            why = next((line.strip() for line in str(e).splitlines() if line.strip()), type(e).__name__)
-            warnings.warn(f"train.compile: {self.name} runs as it is, since it cannot be compiled: {why}", stacklevel=1)
-            return self.plain(*args)
+    def region(self, plain: Callable[..., Any], dynamic: bool | None) -> Callable[..., Any]:
+        compiled = torch.compile(plain, dynamic=dynamic)
+
+        def forward(*args: Any) -> Any:
+            if not self.is_plain:
+                try:
+                    return compiled(*args)
+                except TorchDynamoException as e:  # no C++ compiler or Triton, or an operation that it does not know
+                    self._give_up(e)
+            return plain(*args)
+
+        return forward
+
+    def _give_up(self, e: TorchDynamoException) -> None:
+        self.is_plain = True
+        why = next((line.strip() for line in str(e).splitlines() if line.strip()), type(e).__name__)
+        warnings.warn(f"train.compile: {self.name} runs as it is, since it cannot be compiled: {why}", stacklevel=2)

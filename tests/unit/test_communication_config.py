@@ -29,7 +29,7 @@ def test_each_direction_of_every_exchange_has_its_own_precision(device):
 
 
 def test_fp32_needs_no_codec():
-    assert [s.qcomm_codecs_registry for s in make_sharders(SparseOptimizer(), "cpu")] == [{}, {}]
+    assert not any(sharder.qcomm_codecs_registry for sharder in make_sharders(SparseOptimizer(), "cpu"))
 
 
 @pytest.mark.parametrize("precision", ["int8", "fp8"])
