@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-CHUNK_SAMPLES = 256  # of 64 events x 64 columns in bf16: 2 MB a tensor, a core's second cache; 64 is 15 % slower, 128 as fast
+CHUNK_SAMPLES = (
+    256  # of 64 events x 64 columns in bf16: 2 MB a tensor, a core's second cache; 64 is 15 % slower, 128 as fast
+)
 
 
 class _Permute(torch.autograd.Function):

@@ -36,6 +36,19 @@ def test_bytes_of_pooled_tables_by_hand():
     assert embedding_bytes(plain_config(sparse={"name": "sgd"})) == 64 * 2 * (104 + 2 * 32)
 
 
+def test_padding_is_no_work():
+    """What counts is how long sequences are on average, not how long they may be."""
+    [history] = TINY["features"]["sequences"]
+
+    def flops(**lengths):
+        sequences = [{**history, **lengths}]
+        return count_work(
+            parse_config({**TINY, "features": {**TINY["features"], "sequences": sequences}}, "tests"), 1
+        ).dense_flops
+
+    assert flops(max_length=40, pooling_factor=4.2) == flops(max_length=4) < flops(max_length=40)
+
+
 def test_bytes_of_sequences_and_bags_grow_with_their_ids():
     few = TINY["features"]
     many = {

@@ -37,7 +37,8 @@ class Peaks:
 class Work:
     """Of one optimizer step of all ranks together.
 
-    dense_flops: of the products in forward and backward pass, sequences at max_length, as FlopCounterMode counts.
+    dense_flops: of the products in forward and backward pass, as FlopCounterMode counts; every sequence as long as the mean one, so
+        that padding is no work.
     embedding_bytes: ids and rows read, pooled rows written, their gradients read, rows and optimizer state read and written.
         Every id counts, as if no two of a batch were the same row, and nothing for exchanges.
     """
@@ -89,7 +90,14 @@ def precision_of(train: TrainConfig) -> str:
 def count_work(config: RunConfig, num_ranks: int) -> Work:
     micro_batches = config.train.accumulate_steps
     local = config.train.global_batch_size // num_ranks // micro_batches
-    return Work(sum(count_flops(config, local)) * num_ranks * micro_batches, embedding_bytes(config))
+    return Work(sum(count_flops(_without_padding(config), local)) * num_ranks * micro_batches, embedding_bytes(config))
+
+
+def _without_padding(config: RunConfig) -> RunConfig:
+    tree = config.model_dump()
+    for sequence, of_tree in zip(config.features.sequences, tree["features"]["sequences"], strict=True):
+        of_tree |= {"max_length": max(1, round(sequence.expected_length)), "pooling_factor": None}
+    return RunConfig.model_validate(tree)
 
 
 def embedding_bytes(config: RunConfig) -> int:
