@@ -12,7 +12,6 @@ from torchrec.distributed.model_parallel import DefaultDataParallelWrapper, Dist
 from torchrec.distributed.types import CacheParams, EmbeddingModuleShardingPlan, ParameterSharding, ShardingPlan
 
 from dlrm_scale.config import RunConfig, SparseOptimizer
-from dlrm_scale.errors import ConfigError
 from dlrm_scale.meta import META
 from dlrm_scale.sharding.plan import Plan
 from dlrm_scale.sharding.sharders import make_sharders
@@ -63,15 +62,10 @@ def shard_model(model: nn.Module, plan: Plan, config: RunConfig, device: torch.d
     Every table starts with the same values under any plan and world size: see `initialise_tables`.
 
     Raises:
-        ConfigError: train.pipeline is prefetch and there is nothing to prefetch, or the device has no such optimizer.
+        ConfigError: the device has no such optimizer.
     """
     all_reduce = config.train.all_reduce
-    prefetch = config.train.pipeline == "prefetch"
-    if prefetch and not any(table.compute_kernel == "fused_uvm_caching" for table in plan.tables.values()):
-        raise ConfigError(
-            "train.pipeline is prefetch, but the plan holds no table as fused_uvm_caching, so that there is no cache to fill; set "
-            "train.pipeline=sparse_dist, or sharding.tables={NAME: {kernels: [fused_uvm_caching]}}"
-        )
+    prefetch = config.train.pipeline == "prefetch" and device.type == "cuda"
     sharded = DistributedModelParallel(
         model,
         device=device,

@@ -30,7 +30,7 @@ from dlrm_scale.sharding.apply import shard_model
 from dlrm_scale.sharding.plan import Plan, PlanRequest, load_plan, plan_request, rule_differences, save_plan
 from dlrm_scale.sharding.planner import find_plan
 from dlrm_scale.training.checkpoints import RunCheckpoints, checkpoint_folder
-from dlrm_scale.training.device import check_device
+from dlrm_scale.training.device import check_caches, check_device
 from dlrm_scale.training.keepers import Keepers
 from dlrm_scale.training.metrics import binary_metrics
 from dlrm_scale.training.monitor import Board, Metrics, peak_memory_bytes
@@ -111,6 +111,13 @@ def prepare(config: RunConfig, rank: Rank, folder: RunFolder) -> Prepared:
 
 
 def make_plan(config: RunConfig, rank: Rank, earlier: Plan | None = None) -> Plan:
+    """As `_choose_plan`, and checked to be one that can train."""
+    plan = _choose_plan(config, rank, earlier)
+    check_caches(config.train, plan)
+    return plan
+
+
+def _choose_plan(config: RunConfig, rank: Rank, earlier: Plan | None) -> Plan:
     """The plan that `sharding.plan` names; or `earlier`, if it answers the same request; or a new one for ranks like this."""
     if config.sharding.replica_groups > 1:
         raise ConfigError(

@@ -13,12 +13,11 @@ from torchrec.distributed.train_pipeline import train_pipelines
 
 from dlrm_scale.config import RunConfig
 from dlrm_scale.errors import ConfigError
-from dlrm_scale.sharding.apply import shard_model
 from dlrm_scale.sharding.plan import Plan
+from dlrm_scale.training.device import check_caches
 from dlrm_scale.training.pipelines import LossToPass
 from dlrm_scale.training.trainer import TrainResult
 from tests.distributed.test_training_loop import loop_config, train
-from tests.support.configs import tiny_config
 from tests.support.twin import make_plan
 
 
@@ -57,7 +56,6 @@ def test_what_else_is_done_with_the_loss_is_refused():
 
 
 def test_a_plan_without_caches_has_nothing_to_prefetch():
-    config = tiny_config()
-    cpu = torch.device("cpu")
+    config = loop_config(train={"pipeline": "prefetch"})
     with pytest.raises(ConfigError, match=r"holds no table as fused_uvm_caching.*train\.pipeline=sparse_dist"):
-        shard_model(torch.nn.Module(), make_plan(config, 2, 2), config, cpu)
+        check_caches(config.train, make_plan(config, 2, 2))
