@@ -27,6 +27,7 @@ def run_on_ranks(
     ranks_per_host: int,
     told: Callable[[Any], Any] = lambda message: None,
     plain_allocator: bool = False,
+    silence_seconds: float = SILENCE_SECONDS,
 ) -> list[Any]:
     """`work(tell, *arguments)` on every rank at once, with torchrun's environment variables; what it returns, by rank.
 
@@ -35,7 +36,7 @@ def run_on_ranks(
     `work` must be importable. What a rank says with `tell` reaches `told` here; one of them must speak every now and then.
 
     Raises:
-        PeerError: a rank was killed, or all were silent for SILENCE_SECONDS.
+        PeerError: a rank was killed, or all were silent for `silence_seconds`.
         UserError: as a rank raised it.
         RuntimeError: another exception on a rank, with its traceback.
     """
@@ -62,7 +63,7 @@ def run_on_ranks(
             theirs.close()
             pipes[ours] = index
             processes.append(process)
-        return _results(pipes, processes, told)
+        return _results(pipes, processes, told, silence_seconds)
     finally:
         for process in processes:
             process.kill()
@@ -78,13 +79,15 @@ def _freed_memory_kept() -> Iterator[None]:
         del os.environ[VARIABLE]
 
 
-def _results(pipes: dict[Connection, int], processes: list[BaseProcess], told: Callable[[Any], Any]) -> list[Any]:
+def _results(
+    pipes: dict[Connection, int], processes: list[BaseProcess], told: Callable[[Any], Any], silence_seconds: float
+) -> list[Any]:
     results: list[Any] = [None] * len(processes)
     while pipes:
-        ready = wait(list(pipes), SILENCE_SECONDS)
+        ready = wait(list(pipes), silence_seconds)
         if not ready:
             raise PeerError(
-                f"the {len(processes)} ranks gave no sign for {SILENCE_SECONDS:.0f} s and were ended; "
+                f"the {len(processes)} ranks gave no sign for {silence_seconds:.0f} s and were ended; "
                 "take fewer, or see whether gloo works here: python -m tools.doctor"
             )
         for pipe in ready:

@@ -32,6 +32,7 @@ from tools.benchmark.stock_loop import check, measure_stock
 from tools.benchmark.train_ranks import SKIPS, RankRun, measure_training, trace_training
 
 BASE, STOCK = "base", "stock TorchRec"
+SILENCE_SECONDS = 900.0  # a rank says nothing while it fills tables, and while an arch is compiled for the first time
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -148,7 +149,10 @@ def variant(args: argparse.Namespace, name: str, changes: Sequence[str], **parts
 
 def measure_here(variant: Variant, tell: Callable[[str], Any]) -> dict[str, Any]:
     arguments = (variant.config, variant.threads, variant.skip)
-    return figures(variant, run_on_ranks(measure_training, arguments, variant.ranks, variant.ranks, tell))
+    ranks = run_on_ranks(
+        measure_training, arguments, variant.ranks, variant.ranks, tell, silence_seconds=SILENCE_SECONDS
+    )
+    return figures(variant, ranks)
 
 
 def _measure_stock(variant: Variant, tell: Callable[[str], Any]) -> dict[str, Any]:
