@@ -27,7 +27,7 @@ def run_on_ranks(
     ranks_per_host: int,
     told: Callable[[Any], Any] = lambda message: None,
     plain_allocator: bool = False,
-    silence_seconds: float = SILENCE_SECONDS,
+    silence_seconds: float | None = None,
 ) -> list[Any]:
     """`work(tell, *arguments)` on every rank at once, with torchrun's environment variables; what it returns, by rank.
 
@@ -36,7 +36,7 @@ def run_on_ranks(
     `work` must be importable. What a rank says with `tell` reaches `told` here; one of them must speak every now and then.
 
     Raises:
-        PeerError: a rank was killed, or all were silent for `silence_seconds`.
+        PeerError: a rank was killed, or all were silent for `silence_seconds` (None: SILENCE_SECONDS).
         UserError: as a rank raised it.
         RuntimeError: another exception on a rank, with its traceback.
     """
@@ -63,7 +63,7 @@ def run_on_ranks(
             theirs.close()
             pipes[ours] = index
             processes.append(process)
-        return _results(pipes, processes, told, silence_seconds)
+        return _results(pipes, processes, told, silence_seconds or SILENCE_SECONDS)
     finally:
         for process in processes:
             process.kill()
