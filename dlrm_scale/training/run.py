@@ -16,7 +16,7 @@ from dlrm_scale.checkpoint.files import is_local
 from dlrm_scale.checkpoint.manifest import Manifest
 from dlrm_scale.cluster import ClusterSpec, check_ranks, load_cluster, this_cluster
 from dlrm_scale.config import RunConfig, check_num_ranks
-from dlrm_scale.config_io import dump_config, fingerprint
+from dlrm_scale.config_io import dump_config, fingerprint, parse_config
 from dlrm_scale.data.open import open_source, preflight
 from dlrm_scale.data.synthetic import SyntheticSource
 from dlrm_scale.errors import CheckpointError, ConfigError, DivergedError, NoPlanError, RollbackRequested
@@ -229,7 +229,8 @@ def _train(job: Job) -> TrainResult:
     try:
         plan, resumed = prepared.plan, checkpoints.resumed
         if resumed is not None:
-            refuse_differences(resumed.config, config.model_dump(mode="json"), step_folder.path)
+            saved = parse_config(resumed.config, step_folder.path)  # with defaults for keys that are newer than it
+            refuse_differences(saved.model_dump(mode="json"), config.model_dump(mode="json"), step_folder.path)
             saved_plan = _plan_of(resumed)  # of an older one than the newest, if that was skipped
             plan = saved_plan if config.sharding.plan is None and answers(saved_plan, plan.request) else plan
         board = Board(prepared.run_dir if job.rank.is_first else None, resumed.step if resumed else None)

@@ -122,7 +122,7 @@ class Built:
         arch = build_arch(cell.config).to(device)
         choose_kernels(arch, cell.config, device)
         if self.train.compile:
-            compile_arch(arch)
+            compile_arch(arch, on_cpu=device.type == "cpu")
         self.dense = DensePart(arch, self.train.precision)
         with torch.device(device):
             self.inputs: Inputs = lookups(cell.config.features, cell.batch_size)
