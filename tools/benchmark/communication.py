@@ -13,7 +13,7 @@ from rich.table import Table
 
 from dlrm_scale.communication_config import CommunicationPrecision
 from dlrm_scale.config import RunConfig, check_num_ranks
-from dlrm_scale.config_io import apply_override, parse_config, read_tree
+from dlrm_scale.config_io import load_config
 from dlrm_scale.meta import META
 from dlrm_scale.models.ranking_model import build_model
 from dlrm_scale.sharding.cost import SENT_BYTES
@@ -61,10 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Raises ConfigError; else as `run_on_ranks`."""
-    tree = read_tree(args.config, RunConfig, "configuration")
-    for change in (*short(STEPS), *args.changes):
-        apply_override(tree, change)
-    config = parse_config(tree, args.config)
+    config = load_config(args.config, (*short(STEPS), *args.changes))
     check_num_ranks(config, args.nproc)
     with console.status("starting") as status:
         found, step_ms = run_on_ranks(measure, (config, args.seconds), args.nproc, args.nproc, status.update)[0]

@@ -28,6 +28,7 @@ from tools.benchmark.growth import AXES as GROWTH
 from tools.benchmark.growth import Tree, parse_axes
 from tools.benchmark.roofline import peak_cases, peaks_of, precision_of
 from tools.benchmark.timing import Case, spread, time_interleaved
+from tools.benchmark.train import refuse_equal_names
 
 BASE = "base"
 PROFILED_STEPS, ROWS_OF_PROFILE = 5, 20
@@ -93,9 +94,7 @@ class Cell:
 def cells_of(args: argparse.Namespace) -> list[list[Cell]]:
     """By combination of sizes, each with the base first. Raises ConfigError."""
     variants = [(BASE, []), *((name, changes) for name, *changes in args.variant)]
-    names = [name for name, _ in variants]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise ConfigError(f"there are two variants of the name {twice[0]!r}; name one of them otherwise")
+    refuse_equal_names([name for name, _ in variants])
     axes = parse_axes(args.axis, AXES)
     if empty := [name for name, sizes in axes if not sizes]:
         raise ConfigError(f"--axis {empty[0]} names no size; give at least one, as --axis {empty[0]} 128")

@@ -124,11 +124,14 @@ def variants_of(args: argparse.Namespace) -> list[Variant]:
         fp32 = variant(args, STOCK, ["train.precision=fp32"], measure=_measure_stock)
         check(fp32.config)
         found.append(fp32)
-    names = [v.name for v in found]
+    refuse_equal_names([v.name for v in found])
+    return found
+
+
+def refuse_equal_names(names: Sequence[str]) -> None:
     twice = [name for name in names if names.count(name) > 1]
     if twice:
         raise ConfigError(f"there are two variants of the name {twice[0]!r}; name one of them otherwise")
-    return found
 
 
 def variant(args: argparse.Namespace, name: str, changes: Sequence[str], **parts: Any) -> Variant:
