@@ -91,5 +91,7 @@ def num_sequence_summary(config: InterFormerConfig) -> int:
 def recent_events(events_BTd: Tensor, lengths_B: Tensor, num_recent: int) -> Tensor:
     """The last `num_recent` events of each left-aligned sequence, latest last; zeros in front where there are fewer."""
     index_BK = lengths_B.unsqueeze(1) + torch.arange(-num_recent, 0, device=lengths_B.device)
-    gathered_BKd = torch.take_along_dim(events_BTd, index_BK.clamp(min=0).unsqueeze(2).long(), dim=1)
+    # not take_along_dim, which torch.compile compiles anew for each T
+    index_BKd = index_BK.clamp(min=0).unsqueeze(2).expand(-1, -1, events_BTd.shape[2])
+    gathered_BKd = events_BTd.gather(1, index_BKd.long())
     return gathered_BKd * (index_BK >= 0).unsqueeze(2)

@@ -212,14 +212,11 @@ class InterFormer(nn.Module):
 
     @property
     def regions(self) -> tuple[list[nn.Module], list[nn.Module]]:
-        """What `compile_arch` compiles: modules that see each sample once, and modules that see sequences.
-
-        Not the summaries of sequences: torch 2.13 compiles them anew for each length, and gives up after eight.
-        """
+        """What `compile_arch` compiles: modules that see each sample once, and modules that see sequences."""
         plain = [self.features, *self.interactions, self.final_x, self.head]
         if not self.two_arches:
             return plain, []
-        return [*plain, *self.x_summaries], [self.events.unify, *self.sequences]
+        return [*plain, *self.x_summaries], [self.events.unify, *self.sequences, *self.s_summaries, self.final_s]
 
     def forward(self, dense_BF: Tensor, pooled: KeyedTensor | None, embedded: Embedded | None) -> Tensor:
         """Logits (B, T) of dense features (B, F), pooled vectors (B, d_table) and events by feature name."""

@@ -1,7 +1,10 @@
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
-from dlrm_scale.models.cross import Gate, recent_events
+from dlrm_scale.models.cross import Gate, SequenceSummary, recent_events
+from dlrm_scale.models.inputs import valid_mask
+from tests.support.model_inputs import run_config
 
 
 def test_recent_are_the_last_events_of_each_sample():
@@ -37,3 +40,14 @@ def test_gate_readings(kind, expected):
     if kind != "none":
         torch.nn.init.constant_(gate.mlp[-1].bias, 2.0)
     torch.testing.assert_close(gate(torch.tensor([-3.0, 0.5])), torch.tensor(expected))
+
+
+def test_one_graph_of_a_summary_serves_all_lengths():
+    """torch.compile gives up after eight graphs, and each costs seconds; a batch has a chunk for each length."""
+    counter = CompileCounter()
+    summary = SequenceSummary(run_config().model)
+    compiled = torch.compile(summary.forward, dynamic=True, backend=counter)
+    for num_tokens in range(10, 30):
+        lengths_B = torch.randint(1, num_tokens - 4, (5,))
+        compiled(torch.randn(5, num_tokens, 8), valid_mask(lengths_B + 4, num_tokens), lengths_B)
+    assert counter.frame_count == 1
