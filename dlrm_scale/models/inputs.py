@@ -3,8 +3,7 @@
 The column order of a sharded `KeyedTensor` depends on the plan; these are the only functions that look inside one.
 """
 
-# B batch  V all events of the batch  T padded events  D a table's embedding dim  E concatenated fields' dims
-from collections.abc import Sequence as Seq
+# B batch  T padded events  D a table's embedding dim
 from typing import Any
 
 import torch
@@ -51,28 +50,18 @@ def sequence_means(schema: FeatureSchema, embedded: Embedded | None) -> list[Ten
     for sequence in schema.sequences:
         for f in sequence.fields:
             jagged = embedded[f.name]
-            events_BTD = pad_events([jagged.values()], jagged, sequence.max_length)
+            events_BTD = pad_events(jagged, sequence.max_length)
             means.append(events_BTD.sum(1) / jagged.lengths().clamp(min=1).unsqueeze(1))
     return means
 
 
-def pad_events(fields_VD: Seq[Tensor], jagged: JaggedTensor, max_length: int) -> Tensor:
-    """Joins aligned fields of one sequence on the embedding axis and pads its events.
+def pad_events(jagged: JaggedTensor, max_length: int) -> Tensor:
+    """Pads a field's events: (B, max_length, D), left-aligned, the oldest first, zeros behind the last.
 
-        fields  a: a0 a1 a2 | (none) | a3        ->   a0b0  a1b1  a2b2
-                b: b0 b1 b2 | (none) | b3              0     0     0
-                   sample 0   1        2              a3b3   0     0
-
-    Args:
-        fields_VD: the values of each field, all with the offsets of `jagged`; oldest event first.
-        max_length: T; no sample has more events (the loader keeps the latest ones).
-
-    Returns:
-        (B, T, E): left-aligned, zeros behind the last event.
+    No sample may have more than max_length (the loader keeps the latest ones).
     """
-    joined_VE = fields_VD[0] if len(fields_VD) == 1 else torch.cat(tuple(fields_VD), dim=1)
     check_lengths(jagged, max_length)
-    return torch.ops.fbgemm.jagged_to_padded_dense(joined_VE, [jagged.offsets()], [max_length], 0.0)
+    return torch.ops.fbgemm.jagged_to_padded_dense(jagged.values(), [jagged.offsets()], [max_length], 0.0)
 
 
 def check_lengths(jagged: JaggedTensor, max_length: int) -> None:
@@ -91,4 +80,4 @@ def sequence_lengths(sequence: Sequence, embedded: Embedded) -> Tensor:
 
 
 def _single_id(jagged: JaggedTensor) -> Tensor:
-    return pad_events([jagged.values()], jagged, max_length=1).squeeze(1)
+    return pad_events(jagged, max_length=1).squeeze(1)

@@ -69,17 +69,17 @@ def test_sequence_mean_is_over_the_events_there_are(schema):
 def test_padding_is_behind_the_last_event_and_zero():
     values = torch.arange(1.0, 7).reshape(3, 2)
     jagged = JaggedTensor(values, lengths=torch.tensor([0, 2, 1]))
-    padded = pad_events([values, -values[:, :1]], jagged, max_length=3)
-    zero = [0.0, 0, 0]
-    assert padded.tolist() == [[zero] * 3, [[1, 2, -1], [3, 4, -3], zero], [[5, 6, -5], zero, zero]]
+    padded = pad_events(jagged, max_length=3)
+    zero = [0.0, 0]
+    assert padded.tolist() == [[zero] * 3, [[1, 2], [3, 4], zero], [[5, 6], zero, zero]]
 
 
 def test_a_sample_longer_than_max_length_is_never_cut_silently():
     jagged = JaggedTensor(torch.ones(3, 2), lengths=torch.tensor([3]))
     with pytest.raises(RuntimeError, match="more events than its max_length"):
-        pad_events([jagged.values()], jagged, max_length=2)
+        pad_events(jagged, max_length=2)
 
 
 def test_a_batch_without_any_event_gives_zeros(schema):
     jagged = JaggedTensor(torch.zeros(0, 8), lengths=torch.zeros(4, dtype=torch.int64))
-    assert torch.equal(pad_events([jagged.values()], jagged, 5), torch.zeros(4, 5, 8))
+    assert torch.equal(pad_events(jagged, 5), torch.zeros(4, 5, 8))
