@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dlrm_scale.models.cpu_attention import CpuAttention
+from dlrm_scale.models.cpu_ways import takes_cpu_way
 from dlrm_scale.models.layers import Linear, linear, linear_of
 
 
@@ -27,7 +28,7 @@ def quarter_turn(rows_Rd: Tensor) -> Tensor:
 
 def attend(q_BHNh: Tensor, k_BHNh: Tensor, v_BHNh: Tensor, valid_BN: Tensor) -> Tensor:
     """Eq. 3 over the valid keys, of which each sample has one or more: (B, H, N, h)."""
-    if q_BHNh.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+    if takes_cpu_way(q_BHNh):
         return CpuAttention.apply(q_BHNh.bfloat16(), k_BHNh.bfloat16(), v_BHNh.bfloat16(), valid_BN)
     return functional.scaled_dot_product_attention(q_BHNh, k_BHNh, v_BHNh, attn_mask=valid_BN[:, None, None])
 

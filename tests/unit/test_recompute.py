@@ -10,13 +10,9 @@ from dlrm_scale.errors import ConfigError
 from dlrm_scale.models.dense_trace import KeptStorages, count_flops, input_tensors, lookups, trace_dense
 from dlrm_scale.models.ranking_model import DensePart, build_arch
 from dlrm_scale.models.recompute import recomputed_layers
-from tests.support.model_inputs import run_config
+from tests.support.model_inputs import run_config, with_checkpointing
 
 BATCH = 48
-
-
-def with_checkpointing(config: RunConfig) -> RunConfig:
-    return config.model_copy(update={"train": config.train.model_copy(update={"activation_checkpointing": True})})
 
 
 def gradients(config: RunConfig) -> tuple[dict[str, torch.Tensor], int]:
