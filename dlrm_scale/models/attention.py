@@ -3,40 +3,48 @@
 Both are bidirectional with a mask of the valid keys; the paper mentions no causal mask (reading G in docs/interformer.md).
 """
 
-# B batch  N tokens  d token dim  H heads  h dim of a head  f = h / 2 pairs  Q pooled tokens
+# B batch  N tokens  d = H h token dim  H heads  h dim of a head  f = h / 2 pairs  R = 3 d: q, k and v  Q pooled tokens
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dlrm_scale.models.cpu_attention import CpuAttention
-from dlrm_scale.models.cpu_ways import takes_cpu_way
+from dlrm_scale.models.inputs import valid_mask
 from dlrm_scale.models.layers import Linear, linear, linear_of
 
 
 def rotary_table(num_positions: int, head_dim: int, base: float) -> Tensor:
-    """(2, N, h): cosines, and sines, of position x frequency, frequency i of the pair 2i, 2i + 1 being base^(-2i/h) (RoFormer, Eq. 15)."""
+    """(2, N, f): cosines, and sines, of position x frequency, frequency i of the pair 2i, 2i + 1 being base^(-2i/h) (RoFormer, Eq. 15)."""
     frequency = base ** (-torch.arange(0, head_dim, 2) / head_dim)
-    angle = torch.outer(torch.arange(num_positions).float(), frequency).repeat_interleave(2, dim=1)
+    angle = torch.outer(torch.arange(num_positions).float(), frequency)
     return torch.stack((angle.cos(), angle.sin()))
 
 
-def quarter_turn(rows_Rd: Tensor) -> Tensor:
-    """Each pair (r_2i, r_2i+1) of rows becomes (-r_2i+1, r_2i). What a matrix makes of a vector turns as the matrix's rows do."""
-    even, odd = rows_Rd.unflatten(0, (-1, 2)).unbind(1)
-    return torch.stack((-odd, even), dim=1).flatten(0, 1)
+def rotate(x_BHNh: Tensor, rotary_2Nf: Tensor) -> Tensor:
+    """Each pair (x_2i, x_2i+1) turned by its position's angle."""
+    cos_Nf, sin_Nf = rotary_2Nf[:, : x_BHNh.shape[2]].to(x_BHNh.dtype)
+    even, odd = x_BHNh.unflatten(3, (-1, 2)).unbind(4)
+    return torch.stack((even * cos_Nf - odd * sin_Nf, even * sin_Nf + odd * cos_Nf), dim=4).flatten(3)
 
 
-def attend(q_BHNh: Tensor, k_BHNh: Tensor, v_BHNh: Tensor, valid_BN: Tensor) -> Tensor:
-    """Eq. 3 over the valid keys, of which each sample has one or more: (B, H, N, h)."""
-    if takes_cpu_way(q_BHNh):
-        return CpuAttention.apply(q_BHNh.bfloat16(), k_BHNh.bfloat16(), v_BHNh.bfloat16(), valid_BN)
-    return functional.scaled_dot_product_attention(q_BHNh, k_BHNh, v_BHNh, attn_mask=valid_BN[:, None, None])
+def plain_attention(qkv_BNR: Tensor, rotary_2Nf: Tensor, lengths_B: Tensor, num_heads: int) -> Tensor:
+    """Eq. 3 with rotary queries and keys, over the first `lengths_B` tokens, one or more: (B, N, d)."""
+    q, k, v = qkv_BNR.unflatten(2, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
+    valid_BN = valid_mask(lengths_B, qkv_BNR.shape[1])
+    mixed_BHNh = functional.scaled_dot_product_attention(
+        rotate(q, rotary_2Nf), rotate(k, rotary_2Nf), v, attn_mask=valid_BN[:, None, None]
+    )
+    return mixed_BHNh.transpose(1, 2).flatten(2)
 
 
 class SelfAttention(nn.Module):
     """Eq. 3 with rotary positions 0 .. num_tokens - 1 on each head's queries and keys; no biases.
 
-    (B, N, d), valid_BN -> (B, N, d), N <= num_tokens; what an invalid key holds changes nothing.
+    (B, N, d), lengths_B >= 1 -> (B, N, d), N <= num_tokens; what a token behind a sample's last one holds changes no valid token.
+
+    Attributes:
+        attend: `plain_attention`, or a kernel in its place (kernels.py sets it).
     """
 
     def __init__(self, dim: int, num_heads: int, num_tokens: int, rope_base: float) -> None:
@@ -44,26 +52,11 @@ class SelfAttention(nn.Module):
         self.num_heads = num_heads
         self.qkv = linear(dim, 3 * dim, bias=False)
         self.out = linear(dim, dim, bias=False)
-        table = rotary_table(num_tokens, dim // num_heads, rope_base)
-        self.register_buffer(
-            "rotary_2Nd", table.repeat(1, 1, 2 * num_heads), persistent=False
-        )  # of all queries and keys
+        self.register_buffer("rotary_2Nf", rotary_table(num_tokens, dim // num_heads, rope_base), persistent=False)
+        self.attend: Callable[[Tensor, Tensor, Tensor, int], Tensor] = plain_attention
 
-    def forward(self, tokens_BNd: Tensor, valid_BN: Tensor) -> Tensor:
-        # A pair turned by an angle is cos times the pair, and sin times the pair turned by a quarter.
-        weight_QKV = self.qkv.weight
-        num_turned = len(weight_QKV) // 3 * 2
-        weight = torch.cat((weight_QKV, quarter_turn(weight_QKV[:num_turned])))
-        made_BNr = linear_of(tokens_BNd, weight)
-        qk_BNr, v_BNd, turned_BNr = made_BNr.split((num_turned, num_turned // 2, num_turned), dim=2)
-        cos_Nr, sin_Nr = self.rotary_2Nd[:, : tokens_BNd.shape[1]].to(made_BNr.dtype)
-        q_BHNh, k_BHNh = self._heads(qk_BNr * cos_Nr + turned_BNr * sin_Nr, 2)
-        mixed_BHNh = attend(q_BHNh, k_BHNh, *self._heads(v_BNd, 1), valid_BN)
-        return self.out(mixed_BHNh.transpose(1, 2).flatten(2))
-
-    def _heads(self, x_BNr: Tensor, parts: int) -> tuple[Tensor, ...]:
-        """(B, N, parts x H x h) as `parts` of (B, H, N, h)."""
-        return x_BNr.unflatten(2, (parts, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+    def forward(self, tokens_BNd: Tensor, lengths_B: Tensor) -> Tensor:
+        return self.out(self.attend(self.qkv(tokens_BNd), self.rotary_2Nf, lengths_B, self.num_heads))
 
 
 class AttentionPooling(nn.Module):

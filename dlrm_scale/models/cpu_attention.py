@@ -1,40 +1,106 @@
-"""Attention over short sequences in bf16 on a CPU: PyTorch 2.13's fused kernel takes ten times as long backward in bf16 as in fp32.
+"""Rotary self-attention in bf16 on a CPU, by a kernel of our own (cpu_attention.cpp), which each process compiles for its cores.
 
-Three batched products forward and five backward, which keeps what the fused kernel keeps: the probabilities are worked out again.
+PyTorch 2.13's fused kernel takes ten times as long backward in bf16 as in fp32 on a CPU, and batched products of heads this small
+write all scores to memory (docs/results/speed.md). This one keeps only q, k and v, as the fused ones do.
 """
 
-# B batch  H heads  N tokens  h dim of a head
-from typing import Any
+# B batch  N tokens  R = 3 H h: q, k and v of each head  f = h / 2 pairs
+import ctypes
+import functools
+import os
+import platform
+import subprocess
+import tempfile
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from dlrm_scale.errors import UserError
 
-class CpuAttention(torch.autograd.Function):
-    """softmax(q k^T / sqrt(h), over valid keys) v. All of q, k, v and the result (B, H, N, h); valid_BN has a True in each row."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, valid_BN: Tensor) -> Tensor:
-        ctx.scale = q.shape[-1] ** -0.5
-        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-        out = _probabilities(q, k, valid_BN, ctx.scale) @ v
-        ctx.save_for_backward(q, k, v, valid_BN, out)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        q, k, v, valid_BN, out = ctx.saved_tensors
-        grad = grad.contiguous()
-        p = _probabilities(q, k, valid_BN, ctx.scale)
-        grad_v = p.transpose(2, 3) @ grad
-        # of the softmax: p (g - sum of p g), and that sum is that of grad x out
-        from_sum = (grad * out).sum(-1, keepdim=True, dtype=torch.float32).to(grad.dtype)
-        grad_scores = (grad @ v.transpose(2, 3)).sub_(from_sum).mul_(p)
-        return (grad_scores @ k) * ctx.scale, (grad_scores.transpose(2, 3) @ q) * ctx.scale, grad_v, None
+SOURCE = Path(__file__).with_suffix(".cpp")
+FLAGS = (
+    "-std=c++17 -O3 -march=native -ffp-contract=fast -fno-math-errno -fno-trapping-math -fopenmp -shared -fPIC".split()
+)
+# Rows of q, k and v are shorter than the widest registers, which GCC would take for them and then not fill: 15 % slower.
+X86_FLAGS = ["-mprefer-vector-width=256"]
 
 
-def _probabilities(q: Tensor, k: Tensor, valid_BN: Tensor, scale: float) -> Tensor:
-    """(B, H, N, N): of each query, over the keys."""
-    scores = (q * scale) @ k.transpose(2, 3)
-    out_of_sight_BN = torch.zeros_like(valid_BN, dtype=scores.dtype).masked_fill_(~valid_BN, -torch.inf)
-    return scores.add_(out_of_sight_BN[:, None, None]).softmax(-1)  # inside, in fp32
+class NoCompilerError(UserError):
+    """There is no C++ compiler, or it does not compile the kernel."""
+
+
+@functools.cache
+def load_library() -> ctypes.CDLL:
+    """Raises NoCompilerError."""
+    compiler = os.environ.get("CXX", "c++")
+    with tempfile.TemporaryDirectory() as folder:
+        library = f"{folder}/attention.so"
+        flags = [*FLAGS, *(X86_FLAGS if platform.machine() in ("x86_64", "AMD64") else [])]
+        try:
+            subprocess.run(
+                [compiler, *flags, str(SOURCE), "-o", library], check=True, capture_output=True, text=True, timeout=120
+            )
+            return ctypes.CDLL(library)
+        except FileNotFoundError:
+            raise NoCompilerError(f"there is no {compiler}") from None
+        except subprocess.SubprocessError as e:
+            why = getattr(e, "stderr", None) or str(e)
+            raise NoCompilerError(f"{compiler} does not compile {SOURCE.name}: {why.strip().splitlines()[0]}") from None
+        except OSError as e:
+            raise NoCompilerError(f"what {compiler} makes of {SOURCE.name} does not load: {e}") from None
+
+
+@torch.library.custom_op("dlrm_scale::rotary_attention", mutates_args=())
+def _forward(qkv_BNR: Tensor, rotary_2Nf: Tensor, lengths_B: Tensor, num_heads: int) -> Tensor:
+    out_BNd = qkv_BNR.new_empty(_shape_of_result(qkv_BNR))
+    _call("attend_forward", qkv_BNR, rotary_2Nf, lengths_B, out_BNd, num_heads=num_heads)
+    return out_BNd
+
+
+@torch.library.custom_op("dlrm_scale::rotary_attention_backward", mutates_args=())
+def _backward(qkv_BNR: Tensor, rotary_2Nf: Tensor, lengths_B: Tensor, grad_BNd: Tensor, num_heads: int) -> Tensor:
+    grad_qkv_BNR = torch.empty_like(qkv_BNR)
+    _call("attend_backward", qkv_BNR, rotary_2Nf, lengths_B, grad_BNd, grad_qkv_BNR, num_heads=num_heads)
+    return grad_qkv_BNR
+
+
+def _shape_of_result(qkv_BNR: Tensor) -> tuple[int, int, int]:
+    return qkv_BNR.shape[0], qkv_BNR.shape[1], qkv_BNR.shape[2] // 3
+
+
+def _call(function: str, qkv_BNR: Tensor, rotary_2Nf: Tensor, *tensors: Tensor, num_heads: int) -> None:
+    (num_samples, num_tokens, columns), num_positions = qkv_BNR.shape, rotary_2Nf.shape[1]
+    sizes = (num_positions, num_samples, num_tokens, num_heads, columns // 3 // num_heads)
+    getattr(load_library(), function)(
+        *(ctypes.c_void_p(tensor.data_ptr()) for tensor in (qkv_BNR, rotary_2Nf, *tensors)),
+        *map(ctypes.c_int64, sizes),
+        torch.get_num_threads(),
+    )
+
+
+@_forward.register_fake
+def _(qkv_BNR, rotary_2Nf, lengths_B, num_heads):
+    return qkv_BNR.new_empty(_shape_of_result(qkv_BNR))
+
+
+@_backward.register_fake
+def _(qkv_BNR, rotary_2Nf, lengths_B, grad_BNd, num_heads):
+    return torch.empty_like(qkv_BNR)
+
+
+def _keep_inputs(ctx, inputs, output) -> None:
+    *tensors, ctx.num_heads = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _gradients(ctx, grad_BNd):
+    return _backward(*ctx.saved_tensors, grad_BNd.contiguous(), ctx.num_heads), None, None, None
+
+
+_forward.register_autograd(_gradients, setup_context=_keep_inputs)
+
+
+def rotary_attention(qkv_BNR: Tensor, rotary_2Nf: Tensor, lengths_B: Tensor, num_heads: int) -> Tensor:
+    """As `plain_attention` in attention.py, but for zeros behind a sample's last token: bf16 (B, N, R) -> (B, N, d)."""
+    return _forward(qkv_BNR.contiguous(), rotary_2Nf, lengths_B.long().contiguous(), num_heads)

@@ -1,4 +1,4 @@
-"""The ways of their own that products take in bf16 on a CPU (bf16_linear.py, cpu_attention.py), and how to do without them."""
+"""Where products take the way of their own that they have in bf16 on a CPU (bf16_linear.py), and how to do without it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -19,6 +19,7 @@ from dlrm_scale.meta import NoFirstValues
 from dlrm_scale.models.attention import AttentionPooling, SelfAttention
 from dlrm_scale.models.cpu_ways import ways_of_cuda
 from dlrm_scale.models.inputs import Embedded
+from dlrm_scale.models.kernels import choose_kernels
 from dlrm_scale.models.ranking_model import DensePart, build_arch
 from dlrm_scale.models.recompute import recomputed_layers
 
@@ -70,7 +71,9 @@ def fake_dense(config: RunConfig, local_batch_size: int, device: Device = "cpu")
     with FakeTensorMode(), ways_of_cuda() if device == "cuda" else nullcontext():
         with NoFirstValues():
             dense = DensePart(build_arch(config), config.train.precision)
-        if device == "cuda":
+        if device == "cpu":
+            choose_kernels(dense.arch, config, torch.device("cpu"))
+        else:
             for norm in (module for module in dense.modules() if isinstance(module, nn.RMSNorm)):
                 norm.forward = partial(norm_of_cuda, norm)
         yield dense, lookups(config.features, local_batch_size)
@@ -99,11 +102,11 @@ def _run_noted(plain: Callable[..., Any], kept: "KeptStorages", *args: Any) -> A
 def count_flops(config: RunConfig, local_batch_size: int) -> tuple[int, int]:
     """Of the products (a multiplication and an addition are two) in the forward and in the backward pass; sequences full.
 
-    Those that the model's equations ask for: not those that checkpointing or attention does again, nor those by which our
-    attention turns its queries and keys. fp32 has none of the CPU's own ways.
+    Those that the model's equations ask for, whatever a kernel of ours or a trick of the CPU's does in their place, and not those
+    that checkpointing or attention does again.
     """
     plain = config.train.model_copy(update={"activation_checkpointing": False, "precision": "fp32"})
-    with fake_dense(config.model_copy(update={"train": plain}), local_batch_size) as (dense, inputs):
+    with fake_dense(config.model_copy(update={"train": plain}), local_batch_size, "cuda") as (dense, inputs):
         for module in dense.modules():
             if isinstance(module, SelfAttention):
                 module.forward = partial(_attention_products, module)
@@ -116,7 +119,7 @@ def count_flops(config: RunConfig, local_batch_size: int) -> tuple[int, int]:
     return forward_flops, counter.get_total_flops() - forward_flops
 
 
-def _attention_products(attention: SelfAttention, tokens_BNd: Tensor, valid_BN: Tensor) -> Tensor:
+def _attention_products(attention: SelfAttention, tokens_BNd: Tensor, lengths_B: Tensor) -> Tensor:
     """Eq. 3 without what is no product: softmax, mask and rotation."""
     return attention.out(_mixed(*_heads(attention.qkv(tokens_BNd), 3, attention.num_heads)))
 

@@ -108,7 +108,7 @@ class SequenceArch(nn.Module):
     A branch is scaled by a learned vector that starts small (LayerScale, arXiv 2103.17239, Eq. 5), so that the tokens first
     pass almost as they are: without it the per-sample PFFN overfits small data before the rest has learned.
 
-    (B, N, d), X_sum (B, C, d), valid_BN -> (B, N, d)
+    (B, N, d), X_sum (B, C, d), lengths_B, CLS tokens included -> (B, N, d)
     """
 
     def __init__(self, config: InterFormerConfig, num_tokens: int) -> None:
@@ -124,11 +124,11 @@ class SequenceArch(nn.Module):
         self.attention_scale_d = None if self.attention is None else self._branch_scale(config.dim)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, tokens_BNd: Tensor, summary_BCd: Tensor, valid_BN: Tensor) -> Tensor:
+    def forward(self, tokens_BNd: Tensor, summary_BCd: Tensor, lengths_B: Tensor) -> Tensor:
         if self.pffn is not None:
             tokens_BNd = self._add(tokens_BNd, self.pffn(summary_BCd, self.pffn_norm(tokens_BNd)), self.pffn_scale_d)
         if self.attention is not None:
-            branch_BNd = self.attention(self.attention_norm(tokens_BNd), valid_BN)
+            branch_BNd = self.attention(self.attention_norm(tokens_BNd), lengths_B)
             tokens_BNd = self._add(tokens_BNd, branch_BNd, self.attention_scale_d)
         return tokens_BNd
 
@@ -230,11 +230,12 @@ class InterFormer(nn.Module):
     def _forward_two_arches(self, x_BXd: Tensor, embedded: Embedded) -> Tensor:
         lengths_B = self.events.lengths(embedded)
         chunks = cut_by_length(lengths_B, self.events.num_events)
-        x_BXd, lengths = chunks.sort(x_BXd), chunks.split(chunks.sort(lengths_B))
+        x_BXd, lengths_B = chunks.sort(x_BXd), chunks.sort(lengths_B)
+        lengths, num_tokens = chunks.split(lengths_B), chunks.split(lengths_B + self.num_cls)
         summary_BCd = self.x_summaries[0](x_BXd)
         heads_and_events = zip(chunks.split(summary_BCd), self.events(embedded, chunks), strict=True)
         s = [torch.cat(parts, dim=1) for parts in heads_and_events]  # by chunk, as all that is of sequences
-        valid = [valid_mask(own + self.num_cls, tokens.shape[1]) for own, tokens in zip(lengths, s, strict=True)]
+        valid = [valid_mask(own, tokens.shape[1]) for own, tokens in zip(num_tokens, s, strict=True)]
         for layer, (interaction, sequence) in enumerate(zip(self.interactions, self.sequences, strict=True)):
             if 0 < layer < len(self.x_summaries):
                 summary_BCd = self.x_summaries[layer](x_BXd)
@@ -242,7 +243,7 @@ class InterFormer(nn.Module):
             if self.s_to_x:
                 seen_BYd = torch.cat((x_BXd, _each(self.s_summaries[layer], s, valid, lengths)), dim=1)
             # Neither reads the other's result: both take this layer's summaries.
-            x_BXd, s = interaction(seen_BYd), [*map(sequence, s, chunks.split(summary_BCd), valid)]
+            x_BXd, s = interaction(seen_BYd), [*map(sequence, s, chunks.split(summary_BCd), num_tokens)]
         return chunks.unsort(torch.cat((self.final_x(x_BXd), _each(self.final_s, s, valid, lengths)), dim=1))
 
     def _forward_sole(self, x_BXd: Tensor, embedded: Embedded | None) -> Tensor:

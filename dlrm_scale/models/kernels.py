@@ -1,5 +1,6 @@
 """Which of our own kernels an arch runs with on a device."""
 
+import warnings
 from importlib.util import find_spec
 
 import torch
@@ -7,20 +8,37 @@ from torch import nn
 
 from dlrm_scale.config import RunConfig
 from dlrm_scale.errors import ConfigError
+from dlrm_scale.models.attention import SelfAttention
+from dlrm_scale.models.cpu_attention import NoCompilerError, load_library, rotary_attention
 from dlrm_scale.models.pffn import TwoLayerPFFN
 
 OLDEST_GPU = (8, 0)  # compute capability: FBGEMM 1.8.0 has no code for older ones
 
 
 def choose_kernels(arch: nn.Module, config: RunConfig, device: torch.device) -> None:
-    """Gives the arch's modules the kernels that `config` asks for. Raises ConfigError: `device` cannot run one."""
-    if not fuses_pffn(config, device):
-        return
-    from dlrm_scale.models.pffn_triton import fused_pffn
+    """Gives the arch's modules the kernels that suit `device`. Raises ConfigError: it cannot run one that `config` asks for."""
+    if fuses_pffn(config, device):
+        from dlrm_scale.models.pffn_triton import fused_pffn
 
-    for module in arch.modules():
-        if isinstance(module, TwoLayerPFFN):
-            module.fused = fused_pffn
+        for module in arch.modules():
+            if isinstance(module, TwoLayerPFFN):
+                module.fused = fused_pffn
+    of_attention = [module for module in arch.modules() if isinstance(module, SelfAttention)]
+    if of_attention and device.type == "cpu" and config.train.precision == "bf16" and _compiles_attention():
+        for module in of_attention:
+            module.attend = rotary_attention
+
+
+def _compiles_attention() -> bool:
+    try:
+        load_library()
+    except NoCompilerError as e:
+        warnings.warn(
+            f"attention runs by PyTorch's kernel, which is slow in bf16 on a CPU, since {e}; install a C++ compiler (g++)",
+            stacklevel=2,
+        )
+        return False
+    return True
 
 
 def fuses_pffn(config: RunConfig, device: torch.device) -> bool:

@@ -1,6 +1,10 @@
+import pytest
 import torch
 
-from dlrm_scale.models.attention import AttentionPooling, SelfAttention, attend, quarter_turn, rotary_table
+from dlrm_scale.models.attention import AttentionPooling, SelfAttention, plain_attention, rotary_table, rotate
+from dlrm_scale.models.cpu_attention import NoCompilerError, load_library, rotary_attention
+from dlrm_scale.models.ranking_model import build_model
+from tests.support.model_inputs import run_config
 
 B, N, D, HEADS = 3, 7, 16, 4
 
@@ -9,7 +13,7 @@ def mask(*lengths: int) -> torch.Tensor:
     return torch.arange(N) < torch.tensor(lengths)[:, None]
 
 
-def plain_attention(q, k, v, valid):
+def head_by_head(q, k, v, valid):
     """One head, sample by sample, over the valid keys only."""
     out = []
     for sample in range(len(v)):
@@ -37,27 +41,22 @@ def test_self_attention_equals_a_plain_twin():
     q, k, v = (x @ attention.qkv.weight.T).split(D, dim=-1)
     width = D // HEADS
     heads = [
-        plain_attention(turn(q[..., cut]), turn(k[..., cut]), v[..., cut], valid)
+        head_by_head(turn(q[..., cut]), turn(k[..., cut]), v[..., cut], valid)
         for cut in (slice(h * width, (h + 1) * width) for h in range(HEADS))
     ]
     expected = torch.cat(heads, dim=-1) @ attention.out.weight.T
-    torch.testing.assert_close(attention(x, valid), expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(attention(x, valid.sum(1)), expected, atol=1e-5, rtol=1e-4)
 
 
-def rotate(x_Nh, table_2Nh):
-    cos_Nh, sin_Nh = table_2Nh
-    return x_Nh * cos_Nh + quarter_turn(x_Nh.T).T * sin_Nh
-
-
-def test_cosines_and_quarter_turns_make_the_rotation():
-    x = torch.randn(40, D)
-    torch.testing.assert_close(rotate(x, rotary_table(40, D, 100.0)), turn(x, 100.0), atol=1e-4, rtol=1e-4)
+def test_rotation_turns_each_pair_by_its_position():
+    x = torch.randn(1, 1, 40, D)
+    torch.testing.assert_close(rotate(x, rotary_table(50, D, 100.0)), turn(x, 100.0), atol=1e-4, rtol=1e-4)
 
 
 def test_rotary_scores_depend_on_the_distance_only():
     q, k = torch.randn(2, D)
     table = rotary_table(40, D, 10_000.0)
-    turned_q, turned_k = rotate(q.expand(40, D), table), rotate(k.expand(40, D), table)
+    turned_q, turned_k = (rotate(x.expand(1, 1, 40, D), table)[0, 0] for x in (q, k))
     scores = turned_q @ turned_k.T
     for distance in (-9, 0, 4):
         diagonal = scores.diagonal(distance)
@@ -65,22 +64,85 @@ def test_rotary_scores_depend_on_the_distance_only():
     assert scores.diagonal(0)[0].sub(scores.diagonal(4)[0]).abs() > 1e-2
 
 
-def test_bf16_attention_of_cpus_equals_the_fused_one_in_fp32():
+@pytest.mark.parametrize(
+    ("lengths", "heads", "head_dim"),
+    [([7, 4, 1], 4, 4), ([64, 65, 130, 0, 3], 2, 16), ([33, 16], 1, 6), ([9], 3, 128)],
+    ids=["short", "blocks", "odd width", "wide"],
+)
+def test_the_kernel_of_cpus_equals_the_plain_twin(lengths, heads, head_dim):
+    """Scores of some tens, so that a softmax without its maximum, or a key out of sight, would show."""
     torch.manual_seed(0)
-    rounded = [torch.randn(B, HEADS, N, D).bfloat16() for _ in range(4)]
-    valid = mask(7, 4, 1)
+    lengths_B, num_tokens = torch.tensor(lengths), max(lengths) + 2
+    given = (2 * torch.randn(len(lengths), num_tokens, 3 * heads * head_dim)).bfloat16()
+    grad = torch.randn(len(lengths), num_tokens, heads * head_dim).bfloat16()
+    rotary = rotary_table(num_tokens + 5, head_dim, 100.0)
+    valid_BN1 = torch.arange(num_tokens).lt(lengths_B[:, None]).unsqueeze(2)
+    exact, got = given.float().requires_grad_(), given.clone().requires_grad_()
+    twin = plain_attention(exact, rotary, lengths_B.clamp(min=1), heads) * valid_BN1
+    twin.backward(grad.float())
+    out = rotary_attention(got, rotary, lengths_B, heads)
+    out.backward(grad)
+    assert out.dtype == got.grad.dtype == torch.bfloat16
+    for mine, theirs in ((out, twin), (got.grad, exact.grad)):
+        assert (mine.float() - theirs).norm() <= 2**-8 * theirs.norm()  # one rounding to bf16
+        assert mine.masked_select(~valid_BN1).eq(0).all()
+
+
+def test_the_kernel_of_cpus_is_its_own_twin_in_other_threads():
+    torch.manual_seed(0)
+    qkv, rotary = torch.randn(50, N, 3 * D).bfloat16(), rotary_table(N, D // HEADS, 100.0)
+    lengths_B, threads = torch.randint(1, N + 1, (50,)), torch.get_num_threads()
     results = []
-    for dtype in (torch.float32, torch.bfloat16):
-        q, k, v, grad = (x.to(dtype) for x in rounded)
-        inputs = [x.clone().requires_grad_() for x in (q, k, v)]
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-            out = attend(*inputs, valid)
-        out.backward(grad)
-        results.append([out, *(x.grad for x in inputs)])
-        assert out.dtype == dtype
-    for exact, got in zip(*results, strict=True):
-        assert (got.float() - exact).norm() <= 0.01 * exact.norm()  # of bf16's 2^-8, through two products
-    assert results[1][2][1, :, 4:].eq(0).all() and results[1][3][1, :, 4:].eq(0).all()  # keys and values out of sight
+    for count in (1, 3):
+        torch.set_num_threads(count)
+        leaf = qkv.clone().requires_grad_()
+        rotary_attention(leaf, rotary, lengths_B, HEADS).float().square().sum().backward()
+        results.append(leaf.grad)
+    torch.set_num_threads(threads)
+    assert results[0].equal(results[1])
+
+
+@pytest.mark.parametrize("spoiled", [float("nan"), float("inf")])
+def test_the_kernel_of_cpus_hands_on_what_is_not_finite(spoiled):
+    qkv = torch.randn(2, N, 3 * D).bfloat16()
+    qkv[1, 2, 3] = spoiled  # a query's: its row of the result and, backward, what its scores reach
+    leaf = qkv.requires_grad_()
+    out = rotary_attention(leaf, rotary_table(N, D // HEADS, 100.0), torch.tensor([N, N]), HEADS)
+    out.float().sum().backward()
+    assert out[0].isfinite().all() and leaf.grad[0].isfinite().all()
+    assert not out[1, 2].isfinite().all() and not leaf.grad[1].isfinite().all()
+
+
+def test_the_operators_of_the_kernel_keep_torch_s_rules():
+    qkv = torch.randn(2, N, 3 * D).bfloat16().requires_grad_()
+    inputs = (qkv, rotary_table(N, D // HEADS, 100.0), torch.tensor([N, 3]), HEADS)
+    torch.library.opcheck(torch.ops.dlrm_scale.rotary_attention.default, inputs)
+
+
+@pytest.fixture
+def fresh_library():
+    load_library.cache_clear()
+    yield
+    load_library.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("compiler", "why"), [("no_such_compiler", "there is no no_such_compiler"), ("false", "does not compile")]
+)
+def test_without_a_compiler_it_says_so_and_runs_pytorch_s(monkeypatch, fresh_library, compiler, why):
+    monkeypatch.setenv("CXX", compiler)
+    with pytest.raises(NoCompilerError, match=why):
+        load_library()
+    config = run_config(precision="bf16")
+    with pytest.warns(UserWarning, match=r"PyTorch's kernel.*g\+\+"):
+        model = build_model(config, table_device=torch.device("meta"), dense_device=torch.device("cpu"))
+    assert all(layer.attention.attend is plain_attention for layer in model.dense.arch.sequences)
+
+
+def test_bf16_on_a_cpu_takes_the_kernel():
+    config = run_config(precision="bf16")
+    model = build_model(config, table_device=torch.device("meta"), dense_device=torch.device("cpu"))
+    assert all(layer.attention.attend is rotary_attention for layer in model.dense.arch.sequences)
 
 
 def test_pooling_equals_a_plain_twin():
@@ -89,7 +151,7 @@ def test_pooling_equals_a_plain_twin():
     k, v = (x @ pooling.kv.weight.T).split(D, dim=-1)
     width = D // HEADS
     heads = [
-        plain_attention(pooling.queries_Qd[:, cut].expand(B, -1, -1), k[..., cut], v[..., cut], valid)
+        head_by_head(pooling.queries_Qd[:, cut].expand(B, -1, -1), k[..., cut], v[..., cut], valid)
         for cut in (slice(h * width, (h + 1) * width) for h in range(HEADS))
     ]
     expected = torch.cat(heads, dim=-1) @ pooling.out.weight.T

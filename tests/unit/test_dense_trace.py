@@ -2,14 +2,14 @@
 
 import resource
 import time
-from contextlib import nullcontext
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dlrm_scale.models import attention, layers
+from dlrm_scale.models import kernels, layers
 from dlrm_scale.models.dense_trace import KeptStorages, count_flops, input_tensors, lookups, norm_of_cuda, trace_dense
+from dlrm_scale.models.kernels import choose_kernels
 from dlrm_scale.models.ranking_model import DensePart, build_arch
 from tests.support.model_inputs import FEATURES, run_config, with_features
 
@@ -19,6 +19,7 @@ ARCHS = ("interformer", "dlrm", "dlrm_dcnv2", "logistic")
 
 def really_kept(config, batch_size: int) -> int:
     dense, inputs = DensePart(build_arch(config), config.train.precision), lookups(config.features, batch_size)
+    choose_kernels(dense.arch, config, torch.device("cpu"))
     kept = KeptStorages([*dense.parameters(), *input_tensors(inputs)])
     with kept:
         dense(*inputs)
@@ -95,12 +96,13 @@ def test_a_gpu_takes_none_of_the_ways_of_cpus(monkeypatch):
     def refuse(*args):
         raise AssertionError("a way of CPUs")
 
-    monkeypatch.setattr(attention.CpuAttention, "apply", refuse)
-    monkeypatch.setattr(layers, "linear_in_bf16", refuse)
     config = run_config(precision="bf16")
-    for device, taken in (("cuda", nullcontext()), ("cpu", pytest.raises(AssertionError))):
-        with taken:
-            trace_dense(config, BATCH, device)
+    for module, name in ((kernels, "rotary_attention"), (layers, "linear_in_bf16")):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, refuse)
+            trace_dense(config, BATCH, "cuda")
+            with pytest.raises(AssertionError, match="a way of CPUs"):
+                trace_dense(config, BATCH)
 
 
 def test_a_norm_of_a_gpu_keeps_its_input_and_two_numbers_a_row():

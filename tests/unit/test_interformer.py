@@ -181,9 +181,9 @@ def test_histories_of_unequal_length_are_joined_and_count_where_either_has_an_ev
 def test_paper_literal_is_equation_9_without_residual():
     torch.manual_seed(0)
     arch = SequenceArch(run_config(paper_literal=True, pffn="matrix").model, num_tokens=7)
-    tokens, summary, valid = torch.randn(2, 7, 8), torch.randn(2, 4, 8), torch.ones(2, 7, dtype=torch.bool)
-    expected = arch.attention(arch.pffn(summary, tokens), valid)
-    torch.testing.assert_close(arch(tokens, summary, valid), expected)
+    tokens, summary, lengths = torch.randn(2, 7, 8), torch.randn(2, 4, 8), torch.tensor([7, 5])
+    expected = arch.attention(arch.pffn(summary, tokens), lengths)
+    torch.testing.assert_close(arch(tokens, summary, lengths), expected)
     assert isinstance(arch.attention, SelfAttention)
 
 
