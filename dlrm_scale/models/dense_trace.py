@@ -1,24 +1,30 @@
 """What the dense arch costs at a batch size, found by running it on fake tensors: shapes and types, no memory."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedTensor
 
 from dlrm_scale.config import RunConfig
 from dlrm_scale.features import FeatureSchema
 from dlrm_scale.meta import NoFirstValues
+from dlrm_scale.models.attention import AttentionPooling, SelfAttention
+from dlrm_scale.models.cpu_ways import ways_of_cuda
 from dlrm_scale.models.inputs import Embedded
+from dlrm_scale.models.kernels import choose_kernels
 from dlrm_scale.models.ranking_model import DensePart, build_arch
 from dlrm_scale.models.recompute import recomputed_layers
 
 Inputs = tuple[Tensor, KeyedTensor | None, Embedded | None]
+Device = Literal["cpu", "cuda"]
 
 
 @dataclass(frozen=True)
@@ -26,36 +32,56 @@ class DenseTrace:
     """Of one rank's micro-batch.
 
     Attributes:
-        activation_bytes: of what autograd keeps at the end of the forward pass, each storage once; without parameters, and
-            without the lookups and dense features, which are the inputs. With activation checkpointing, plus what the largest
-            layer keeps while it is run again.
-        forward_flops: of the products (a multiplication and an addition are two), as `FlopCounterMode` counts.
+        kept_bytes: of what autograd keeps at the end of the forward pass, each storage once; without parameters, and without
+            the lookups and dense features, which are the inputs.
+        layer_bytes: of what each layer under activation checkpointing keeps while it is run again.
     """
 
     num_parameters: int
-    activation_bytes: int
-    forward_flops: int
+    kept_bytes: int
+    layer_bytes: tuple[int, ...]
+
+    @property
+    def activation_bytes(self) -> int:
+        """At most at once: one layer at a time is run again."""
+        return self.kept_bytes + max(self.layer_bytes, default=0)
 
 
-def trace_dense(config: RunConfig, local_batch_size: int) -> DenseTrace:
-    """The forward pass of the dense arch of `config`, with every sequence at its max_length.
+def trace_dense(config: RunConfig, local_batch_size: int, device: Device = "cpu") -> DenseTrace:
+    """The forward pass of the dense arch of `config`, with every sequence at its max_length and in one chunk.
 
-    So `activation_bytes` is the largest that a batch can need; shorter sequences save only before they are padded. The fake
-    tensors are on the CPU: of the CPU's fused attention and autocast rules, which keep what those of CUDA keep but for
-    logarithms of sums and casts of small tensors.
+    So `activation_bytes` is the largest that a batch can need; shorter sequences save only before they are padded. Weights cast
+    to bf16 are among what is kept. Our Triton kernel keeps less.
 
     Raises:
         ConfigError: the features do not suit the arch.
     """
-    with FakeTensorMode():
-        dense, inputs = _dense_and_inputs(config, local_batch_size)
+    with fake_dense(config, local_batch_size, device) as (dense, inputs):
         kept = KeptStorages([*dense.parameters(), *input_tensors(inputs)])
         in_layers = _note_layers(dense)
-        with _counter() as counter, kept:
+        with kept:
             dense(*inputs)
         num_parameters = sum(p.numel() for p in dense.parameters())
-    largest_layer_bytes = max((layer.num_bytes for layer in in_layers), default=0)
-    return DenseTrace(num_parameters, kept.num_bytes + largest_layer_bytes, counter.get_total_flops())
+    return DenseTrace(num_parameters, kept.num_bytes, tuple(layer.num_bytes for layer in in_layers))
+
+
+@contextmanager
+def fake_dense(config: RunConfig, local_batch_size: int, device: Device = "cpu") -> Iterator[tuple[DensePart, Inputs]]:
+    """The dense arch and its inputs as fake tensors of the CPU, worked on as those of `device`. Raises as `trace_dense`."""
+    with FakeTensorMode(), ways_of_cuda() if device == "cuda" else nullcontext():
+        with NoFirstValues():
+            dense = DensePart(build_arch(config), config.train.precision)
+        if device == "cpu":
+            choose_kernels(dense.arch, config, torch.device("cpu"))
+        else:
+            for norm in (module for module in dense.modules() if isinstance(module, nn.RMSNorm)):
+                norm.forward = partial(norm_of_cuda, norm)
+        yield dense, lookups(config.features, local_batch_size)
+
+
+def norm_of_cuda(norm: nn.RMSNorm, x: Tensor) -> Tensor:
+    """There it is one operation, as a layer norm is anywhere, which reads, writes and keeps as much but for a mean a row."""
+    return functional.layer_norm(x.float(), norm.normalized_shape, norm.weight)
 
 
 def _note_layers(dense: DensePart) -> list["KeptStorages"]:
@@ -74,19 +100,49 @@ def _run_noted(plain: Callable[..., Any], kept: "KeptStorages", *args: Any) -> A
 
 
 def count_flops(config: RunConfig, local_batch_size: int) -> tuple[int, int]:
-    """Of the products in the forward and in the backward pass, as `trace_dense` counts them; takes three times as long.
+    """Of the products (a multiplication and an addition are two) in the forward and in the backward pass; sequences full.
 
-    Without those of activation checkpointing, which are no work that the model asks for.
+    Those that the model's equations ask for, whatever a kernel of ours or a trick of the CPU's does in their place, and not those
+    that checkpointing or attention does again.
     """
-    config = config.model_copy(update={"train": config.train.model_copy(update={"activation_checkpointing": False})})
-    with FakeTensorMode():
-        return run_counted(*_dense_and_inputs(config, local_batch_size))
+    plain = config.train.model_copy(update={"activation_checkpointing": False, "precision": "fp32"})
+    with fake_dense(config.model_copy(update={"train": plain}), local_batch_size, "cuda") as (dense, inputs):
+        for module in dense.modules():
+            if isinstance(module, SelfAttention):
+                module.forward = partial(_attention_products, module)
+            elif isinstance(module, AttentionPooling) and _keys_are_less_work(module):
+                module.forward = partial(_pooling_products, module)
+        with FlopCounterMode(display=False) as counter:
+            logits_BT = dense(*inputs)
+            forward_flops = counter.get_total_flops()
+            logits_BT.sum().backward()
+    return forward_flops, counter.get_total_flops() - forward_flops
 
 
-def _dense_and_inputs(config: RunConfig, local_batch_size: int) -> tuple[DensePart, Inputs]:
-    with NoFirstValues():
-        dense = DensePart(build_arch(config), config.train.precision)
-    return dense, lookups(config.features, local_batch_size)
+def _attention_products(attention: SelfAttention, tokens_BNd: Tensor, lengths_B: Tensor) -> Tensor:
+    """Eq. 3 without what is no product: softmax, mask and rotation."""
+    return attention.out(_mixed(*_heads(attention.qkv(tokens_BNd), 3, attention.num_heads)))
+
+
+def _pooling_products(pooling: AttentionPooling, tokens_BNd: Tensor, valid_BN: Tensor) -> Tensor:
+    """Eq. 4 with keys and values, likewise."""
+    (query_HQh,) = _heads(pooling.queries_Qd, 1, pooling.num_heads)
+    return pooling.out(_mixed(query_HQh, *_heads(pooling.kv(tokens_BNd), 2, pooling.num_heads)))
+
+
+def _keys_are_less_work(pooling: AttentionPooling) -> bool:
+    """Than the arch's own way, in which each query sees whole tokens once a head."""
+    num_queries, dim = pooling.queries_Qd.shape
+    return dim + num_queries < num_queries * pooling.num_heads
+
+
+def _heads(x: Tensor, parts: int, num_heads: int) -> tuple[Tensor, ...]:
+    """(..., N, parts x H x h) as `parts` of (..., H, N, h)."""
+    return x.unflatten(-1, (parts, num_heads, -1)).movedim(-3, 0).transpose(-3, -2).unbind()
+
+
+def _mixed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.transpose(-2, -1) @ v).transpose(-3, -2).flatten(-2)
 
 
 def lookups(schema: FeatureSchema, batch_size: int) -> Inputs:
@@ -144,33 +200,3 @@ class KeptStorages:
 
     def __exit__(self, *error: Any) -> None:
         self.hooks.__exit__(*error)
-
-
-Shape = tuple[int, ...]
-
-
-def _attention_flops(query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:
-    return sdpa_flop_count(query, key, value)
-
-
-def _attention_backward_flops(grad: Shape, query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:
-    return sdpa_backward_flop_count(grad, query, key, value)
-
-
-_CPU_ATTENTION = {  # the counter itself knows the kernels of CUDA only
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
-}
-
-
-def _counter() -> FlopCounterMode:
-    return FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
-
-
-def run_counted(dense: DensePart, inputs: Inputs) -> tuple[int, int]:
-    """The FLOPs of the forward pass, and of the backward pass from the sum of the logits."""
-    with _counter() as counter:
-        logits_BT = dense(*inputs)
-        forward_flops = counter.get_total_flops()
-        logits_BT.sum().backward()
-    return forward_flops, counter.get_total_flops() - forward_flops

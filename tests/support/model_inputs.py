@@ -52,6 +52,10 @@ def run_config(features: dict | None = None, seed: int = 0, precision: str = "fp
     return parse_config(tree, origin="test")
 
 
+def with_checkpointing(config: RunConfig) -> RunConfig:
+    return config.model_copy(update={"train": config.train.model_copy(update={"activation_checkpointing": True})})
+
+
 def with_features(**changes: object) -> dict:
     return {**FEATURES, **changes}
 

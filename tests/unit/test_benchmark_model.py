@@ -1,6 +1,7 @@
 """The benchmark of the dense arch: what it times, and its counted limits against counts by hand."""
 
 import argparse
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ import yaml
 from rich.console import Console
 
 from dlrm_scale.errors import ConfigError
-from tests.support.model_inputs import FEATURES, run_config
+from dlrm_scale.models.dense_trace import trace_dense
+from tests.support.model_inputs import FEATURES, run_config, with_checkpointing
 from tools.benchmark.dense_work import GPU_CLASSES, DenseWork, count_dense, limits_ms
 from tools.benchmark.model import BASE, add_arguments, cells_of, run, show
 from tools.benchmark.roofline import Peaks
@@ -65,7 +67,7 @@ def test_what_cannot_be_timed_is_refused(arguments, words, message):
 
 def test_work_of_a_linear_model_by_hand():
     """logits = [dense || row] w + b, of two dense features and a row of eight: the forward pass keeps what it has put together."""
-    work = count_dense(run_config(LOGISTIC, arch="logistic"), BATCH)
+    work = count_dense(run_config(LOGISTIC, arch="logistic"), BATCH, "cpu")
     dense, row, both, logits = (BATCH * 4 * n for n in (2, 8, 10, 1))
     weights, bias = 10 * 4, 4
     assert (work.forward_flops, work.backward_flops) == (2 * BATCH * 10, 2 * 2 * BATCH * 10)
@@ -75,6 +77,19 @@ def test_work_of_a_linear_model_by_hand():
     # the gradient of the sum is one number, expanded; the rows' gradient is joined of one part
     back = (4 + 4) + (4 + weights + both) + (4 + both + weights) + (4 + bias) + 2 * row
     assert work.op_bytes == joined + product + total + back
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_layers_that_are_run_again_are_no_work_but_take_time_and_memory(device):
+    config = run_config(num_layers=3, precision="bf16")
+    plain, again = (count_dense(c, BATCH, device) for c in (config, with_checkpointing(config)))
+    assert (again.forward_flops, again.backward_flops) == (plain.forward_flops, plain.backward_flops)
+    assert again.op_bytes > 1.2 * plain.op_bytes
+    trace = trace_dense(with_checkpointing(config), BATCH, device)
+    assert again.activation_bytes == trace.kept_bytes + max(trace.layer_bytes) < plain.activation_bytes
+    assert (
+        again.kept_bytes >= plain.kept_bytes
+    )  # each layer keeps and reads, when it runs again, what it would have kept
 
 
 def test_limits_are_work_over_peaks():
@@ -87,7 +102,7 @@ def test_limits_are_work_over_peaks():
 
 def test_more_events_ask_more_of_everything():
     short, long = (
-        count_dense(run_config({**FEATURES, "sequences": [{**FEATURES["sequences"][0], "max_length": n}]}), 8)
+        count_dense(run_config({**FEATURES, "sequences": [{**FEATURES["sequences"][0], "max_length": n}]}), 8, "cpu")
         for n in (10, 100)
     )
     for name in ("forward_flops", "backward_flops", "activation_bytes", "kept_bytes", "op_bytes"):
@@ -99,8 +114,10 @@ def test_expected_and_measured_results_are_shown(arguments, capsys):
     console = Console(width=200)
     expected = run(arguments("--axis", "batch", "64", "--expected", "H100", "H200"), console)
     assert [row["gpu"] for row in expected["rows"]] == ["H100", "H200"]
-    matrix, faster = (row["limits_ms"] for row in expected["rows"])
-    assert matrix["matrix"] == faster["matrix"] and matrix["kept"] > faster["kept"]
+    slow, fast = (row["limits_ms"] for row in expected["rows"])
+    assert slow["matrix"] == fast["matrix"] and slow["kept"] > fast["kept"]
+    (cell,) = cells_of(arguments("--axis", "batch", "64"))[0]
+    assert expected["rows"][0]["work"] == asdict(count_dense(cell.config, 64, "cuda"))
     threads = torch.get_num_threads()
     measured = run(arguments("--device", "cpu", "--threads", "1", "--seconds", "1", "--profile"), console)
     torch.set_num_threads(threads)

@@ -5,14 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dlrm_scale.config import RunConfig
-from dlrm_scale.meta import NoFirstValues
-from dlrm_scale.models.dense_trace import KeptStorages, input_tensors, lookups, run_counted
-from dlrm_scale.models.ranking_model import DensePart, build_arch
+from dlrm_scale.models.dense_trace import Device, count_flops, fake_dense, input_tensors, trace_dense
 from tools.benchmark.roofline import Peaks
 
 # Peaks of dense products (data sheets print twice as much, "with sparsity", for tf32 and bf16) and of HBM:
@@ -28,11 +25,13 @@ GPU_CLASSES = {
 
 @dataclass(frozen=True)
 class DenseWork:
-    """Of one step, sequences at max_length, by PyTorch's own operations (one of our kernels keeps and moves less).
+    """Of one step on a device, sequences at max_length, by PyTorch's own operations (one of our kernels keeps and moves less).
 
-    kept_bytes: inputs and what autograd keeps, written once and read once; parameters read twice, all gradients written.
-    op_bytes: every operation reads its inputs and writes its outputs, as they do when none are fused. Operators are the CPU's,
-        where a norm is several.
+    forward_flops, backward_flops: that the model asks for, as `count_flops` counts them.
+    activation_bytes: that autograd keeps at most at once.
+    kept_bytes: inputs and what autograd keeps, also while layers are run again, written once and read once; parameters read
+        twice, all gradients written.
+    op_bytes: every operation reads its inputs and writes its outputs, as they do when none are fused.
     """
 
     forward_flops: int
@@ -46,18 +45,14 @@ class DenseWork:
         return self.forward_flops + self.backward_flops
 
 
-def count_dense(config: RunConfig, batch_size: int) -> DenseWork:
+def count_dense(config: RunConfig, batch_size: int, device: Device) -> DenseWork:
     """By running it on fake tensors: no memory, some seconds. Raises ConfigError: the features do not suit the arch."""
-    with FakeTensorMode():
-        with NoFirstValues():
-            dense = DensePart(build_arch(config), config.train.precision)
-        inputs = lookups(config.features, batch_size)
-        parameters, given = list(dense.parameters()), input_tensors(inputs)
-        kept, traffic = KeptStorages([*parameters, *given]), _Traffic()
-        with kept, traffic:
-            forward_flops, backward_flops = run_counted(dense, inputs)
-        least = 2 * kept.num_bytes + 2 * _bytes(given) + 3 * _bytes(parameters)
-    return DenseWork(forward_flops, backward_flops, kept.num_bytes, least, traffic.num_bytes)
+    trace = trace_dense(config, batch_size, device)
+    with fake_dense(config, batch_size, device) as (dense, inputs), _Traffic() as traffic:
+        dense(*inputs).sum().backward()
+    kept = trace.kept_bytes + sum(trace.layer_bytes)
+    least = 2 * kept + 2 * _bytes(input_tensors(inputs)) + 3 * _bytes(list(dense.parameters()))
+    return DenseWork(*count_flops(config, batch_size), trace.activation_bytes, least, traffic.num_bytes)
 
 
 def limits_ms(work: DenseWork, peaks: Peaks, precision: str) -> dict[str, float | None]:

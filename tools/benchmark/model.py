@@ -189,7 +189,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 
 def _expected(cell: Cell, classes: Sequence[str]) -> list[dict[str, Any]]:
-    work, precision = count_dense(cell.config, cell.batch_size), precision_of(cell.config.train)
+    work, precision = count_dense(cell.config, cell.batch_size, "cuda"), precision_of(cell.config.train)
     return [
         {**_told(cell, work), "gpu": name, "limits_ms": limits_ms(work, GPU_CLASSES[name], precision)}
         for name in classes
@@ -220,7 +220,7 @@ def _measured(
     peaks = peaks_of(machine, device, num_ranks=1)
     rows = []
     for cell, each in zip(cells, built, strict=True):
-        work, precision = count_dense(cell.config, cell.batch_size), precision_of(cell.config.train)
+        work, precision = count_dense(cell.config, cell.batch_size, device.type), precision_of(cell.config.train)
         ratios = [own / base for own, base in zip(times[cell.name, "step"], times[BASE, "step"], strict=True)]
         flops_per_s = peaks.flops_per_s.get(precision)
         rows.append(
