@@ -76,7 +76,7 @@ def _freed_memory_kept() -> Iterator[None]:
     keep_freed_memory(os.environ)
     yield
     if before is None:
-        del os.environ[VARIABLE]
+        os.environ.pop(VARIABLE, None)
 
 
 def _results(
