@@ -16,5 +16,12 @@ TUNABLES = {
 
 
 def keep_freed_memory(environment: MutableMapping[str, str]) -> None:
-    """For the processes that will be started with `environment`; what a user has set there stays."""
+    """For the processes that will be started with `environment`; what a user has set there stays.
+
+    Not on a machine with GPUs that this process can use: what it does to the host memory of their jobs was not measured.
+    """
+    import torch  # here: the launcher keeps the libraries' warnings quiet while it loads them
+
+    if torch.cuda.device_count():
+        return
     environment.setdefault(VARIABLE, ":".join(f"glibc.malloc.{name}={value}" for name, value in TUNABLES.items()))

@@ -4,6 +4,15 @@ Each message gives the rule, the values that break it and the way out. Faults of
 exceptions (or `assert`) and keep their traceback.
 """
 
+import re
+
+# as PyTorch, NumPy, Python, C++, the kernel and the planner put it; "does not fit" alone is also said of columns and checkpoints
+SHORT_OF_MEMORY = re.compile(
+    r"out of memory|(?:can(?:no|')t|unable to) allocate|bad_alloc|MemoryError|no sharding plan (?:was found that )?fits",
+    re.IGNORECASE,
+)
+LOST_PEER = ("Connection closed by peer", "Connection reset by peer")  # gloo's words
+
 # Exit codes of a rank, and of the launcher that started it; docs/reliability.md says who does what on each.
 EXIT_FAILED = 1  # a user's fault: the same command would end the same way
 EXIT_USAGE = 2

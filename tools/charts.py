@@ -7,6 +7,7 @@ from html import escape
 
 WIDTH, HEIGHT, LEFT, BOTTOM, RIGHT, TOP = 760, 360, 70, 40, 15, 10
 COLOURS = ("#4e79a7", "#f28e2b", "#59a14f", "#e15759")
+MOST_TICKS = 8
 PAD = 0.05  # of an axis's length, around what it shows
 
 STYLE = """
@@ -38,13 +39,14 @@ class Axis:
     low: float
     high: float
     log: bool = False
+    marked: tuple[float, ...] = ()  # where its ticks are; else they are chosen
 
     @staticmethod
-    def around(name: str, values: Sequence[float], log: bool = False) -> "Axis":
+    def around(name: str, values: Sequence[float], log: bool = False, marked: Sequence[float] = ()) -> "Axis":
         low, high = min(values), max(values)
         if log:
             pad = max(math.log(high / low) * PAD, 0.02)
-            return Axis(name, low * math.exp(-pad), high * math.exp(pad), log)
+            return Axis(name, low * math.exp(-pad), high * math.exp(pad), log, tuple(marked))
         pad = (high - low) * PAD or abs(high) * PAD or 1.0
         return Axis(name, low - pad, high + pad)
 
@@ -54,8 +56,16 @@ class Axis:
             return math.log(value / self.low) / math.log(self.high / self.low)
         return (value - self.low) / (self.high - self.low)
 
-    def ticks(self) -> list[float]:
+    def ticks(self) -> Sequence[float]:
+        if self.marked:
+            return self.marked
         if self.log:
+            powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
+            for digits in ((1, 2, 5), (1,)):
+                values = [digit * 10.0**power for power in powers for digit in digits]
+                found = [value for value in values if self.low <= value <= self.high]
+                if 2 <= len(found) <= MOST_TICKS:
+                    return found
             return [self.low * (self.high / self.low) ** (i / 4) for i in range(5)]
         return [self.low + (self.high - self.low) * i / 4 for i in range(5)]
 
@@ -90,12 +100,12 @@ def _frame(x: Axis, y: Axis) -> str:
         at = _x(x, tick)
         shapes.append(f"<line x1='{at:.1f}' x2='{at:.1f}' y1='{TOP}' y2='{HEIGHT - BOTTOM}' stroke='#e4e4e4'/>")
         shapes.append(
-            f"<text x='{at:.1f}' y='{HEIGHT - BOTTOM + 14}' font-size='11' text-anchor='middle'>{tick:.3g}</text>"
+            f"<text x='{at:.1f}' y='{HEIGHT - BOTTOM + 14}' font-size='11' text-anchor='middle'>{_number(tick)}</text>"
         )
     for tick in y.ticks():
         at = _y(y, tick)
         shapes.append(f"<line x1='{LEFT}' x2='{WIDTH - RIGHT}' y1='{at:.1f}' y2='{at:.1f}' stroke='#e4e4e4'/>")
-        shapes.append(f"<text x='{LEFT - 5}' y='{at + 4:.1f}' font-size='11' text-anchor='end'>{tick:.3g}</text>")
+        shapes.append(f"<text x='{LEFT - 5}' y='{at + 4:.1f}' font-size='11' text-anchor='end'>{_number(tick)}</text>")
     middle = (TOP + HEIGHT - BOTTOM) / 2
     shapes.append(
         f"<text x='{(LEFT + WIDTH) / 2}' y='{HEIGHT - 6}' font-size='12' text-anchor='middle'>{escape(x.name)}</text>"
@@ -104,6 +114,10 @@ def _frame(x: Axis, y: Axis) -> str:
         f"<text x='14' y='{middle}' font-size='12' text-anchor='middle' transform='rotate(-90 14 {middle})'>{escape(y.name)}</text>"
     )
     return "".join(shapes)
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def bars(values: dict[str, float], unit: str) -> str:

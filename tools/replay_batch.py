@@ -6,6 +6,8 @@ python -m tools.replay_batch runs/quickstart/20260102-030405/bad_batches/step_17
 import argparse
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from dlrm_scale.config import RunConfig
@@ -18,6 +20,7 @@ with loading_libraries():
     from torch import Tensor, nn
 
     from dlrm_scale.data.batch import RecBatch
+    from dlrm_scale.models import length_chunks
     from dlrm_scale.models.ranking_model import RankingModel, build_model
     from dlrm_scale.sharding.apply import MODULE_PATHS, fill_shard
     from dlrm_scale.training.bad_batches import load_bad_batch
@@ -69,7 +72,7 @@ def rebuild(config: RunConfig, weights: Path | None) -> RankingModel:
     Raises:
         DataError: the file holds no state dict of this model.
     """
-    cpu = torch.device("cpu")
+    cpu, config = torch.device("cpu"), _plain(config)
     model = build_model(config, table_device=cpu, dense_device=cpu)
     for name, table in config.features.tables.items():
         in_sequence = name in config.features.sequence_tables
@@ -83,6 +86,14 @@ def rebuild(config: RunConfig, weights: Path | None) -> RankingModel:
         except Exception as e:
             raise DataError(f"{weights} does not hold this model's weights: {e}") from None
     return model
+
+
+def _plain(config: RunConfig) -> RunConfig:
+    """The same model without what only makes it fast, and may need a GPU or a compiler: neither is there to be looked into."""
+    model, train = config.model, config.train.model_copy(update={"compile": False})
+    if model.arch == "interformer":
+        model = model.model_copy(update={"pffn_kernel": "torch"})
+    return config.model_copy(update={"model": model, "train": train})
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
@@ -112,13 +123,24 @@ def not_finite(config: RunConfig, model: RankingModel, batch: RecBatch) -> list[
     for name, module in model.named_modules():
         if name and not name.startswith("embeddings"):
             watch(name, module)
-    loss, _ = model(batch)
+    with _in_the_batchs_order():
+        loss, _ = model(batch)
     if not torch.isfinite(loss):
         found.append(f"the loss: {loss.item()}")
     loss.backward()
     # a parameter that the batch does not reach has no gradient
     gradients = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
     return found + [f"gradient of {name}: {rows}" for name, g in reversed(gradients) if (rows := _rows(g))]
+
+
+@contextmanager
+def _in_the_batchs_order() -> Iterator[None]:
+    """Has InterFormer take the batch as one chunk: else it sorts samples by length, and hooks would see rows of a chunk."""
+    usual, length_chunks.CHUNK_SAMPLES = length_chunks.CHUNK_SAMPLES, sys.maxsize
+    try:
+        yield
+    finally:
+        length_chunks.CHUNK_SAMPLES = usual
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from dlrm_scale.errors import (
     EXIT_CRASHED,
     EXIT_INTERRUPTED,
     EXIT_RESUME,
+    LOST_PEER,
     CheckpointError,
     ConfigError,
     DivergedError,
@@ -28,7 +29,6 @@ from dlrm_scale.resilience.preemption import Preemption
 
 OTHERS_FIRST_SECONDS = 10.0
 STARTED_AT = time.time()
-LOST_PEER = ("Connection closed by peer", "Connection reset by peer")  # gloo's words
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -6,7 +6,6 @@
 """
 
 import json
-import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import numpy as np
 import yaml
 
 from dlrm_scale.config_io import parse_override
+from dlrm_scale.errors import SHORT_OF_MEMORY
 from dlrm_scale.overrides import LaunchPart, MadeFor, OverridesFile
 from dlrm_scale.record_format import origin
 from dlrm_scale.sharding.plan import Plan, save_plan
@@ -29,10 +29,6 @@ LOGS_A_TRIAL = 8
 # What a step looks like once memory is touched, kernels are chosen and the readers are full.
 WARMUP_PART = 0.25
 MANY_EPOCHS = 100_000  # a short trial of a large batch must not run out of data
-# as PyTorch, the kernel and the planner put it; "does not fit" alone is also said of columns and checkpoints
-SHORT_OF_MEMORY = re.compile(
-    r"out of memory|can(?:no|')t allocate memory|no sharding plan (?:was found that )?fits", re.IGNORECASE
-)
 
 
 @dataclass(frozen=True)

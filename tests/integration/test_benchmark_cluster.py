@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from dlrm_scale.cluster import ClusterSpec, Figure, load_cluster
-from dlrm_scale.errors import ConfigError, PeerError
+from dlrm_scale.errors import ConfigError, NoPlanError, PeerError
 from tools.benchmark import ranks
 from tools.benchmark.ranks import run_on_ranks
 
@@ -51,6 +51,13 @@ def fail(tell, error):
     time.sleep(60)
 
 
+def lose_the_other(tell, error):
+    if os.environ["RANK"] == "1":
+        time.sleep(0.5)
+        raise error
+    raise RuntimeError("Connection closed by peer")
+
+
 def sleep(tell):
     time.sleep(60)
 
@@ -67,6 +74,12 @@ def test_ranks_that_die_or_hang_are_reported(monkeypatch):
         run_on_ranks(fail, (ZeroDivisionError("of ours"),), 2, 2)
     with pytest.raises(ConfigError, match=r"^the user's$"):
         run_on_ranks(fail, (ConfigError("the user's"),), 2, 2)
+    with pytest.raises(NoPlanError, match=r"^of the other$"):
+        run_on_ranks(lose_the_other, (NoPlanError("of the other"),), 2, 2)
+    with pytest.raises(
+        ranks.NoMemoryError, match=r"rank 1 has no memory left: RuntimeError: .*can't allocate memory.*fewer"
+    ):
+        run_on_ranks(lose_the_other, (RuntimeError("[fail] can't allocate memory: 4 bytes"),), 2, 2)
     monkeypatch.setattr(ranks, "SILENCE_SECONDS", 5.0)
     with pytest.raises(PeerError, match="no sign for 5 s"):
         run_on_ranks(sleep, (), 2, 2)

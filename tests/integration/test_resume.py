@@ -7,8 +7,10 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from dlrm_scale.checkpoint import manifest
 from tests.support.configs import TINY
 from tests.support.launch import ROOT, Outcome, launch, launch_command
 from tools.checkpoint.cli import main as checkpoint_tool
@@ -107,6 +109,23 @@ def test_a_finished_run_says_so_and_another_configuration_is_refused(resumed):
     assert again.records == resumed.records
     other = launch(folder, *JOB, "train.sparse.lr=0.5", tree=TREE, nproc=None)
     assert other.code == 2 and "train.sparse.lr: 0.02 there, 0.5 now" in other.errors
+
+
+def test_a_run_older_than_a_setting_resumes(tmp_path):
+    """Its config.yaml and its manifest lack keys that have come since."""
+    job = ("data.source.num_train=8000", "checkpoint.every_steps=5")
+    begun = launch(tmp_path, *job, "train.max_steps=5", nproc=None)
+    assert begun.code == 0, begun.errors
+    path = begun.run_dir / "checkpoints" / "step_5" / "manifest.json"
+    saved = manifest.parse(path.read_bytes(), str(path))
+    for key in ("all_reduce", "tf32", "compile"):
+        del saved.config["train"][key]
+    del saved.config["sharding"]["communication"], saved.plan["request"]["sharding"]["communication"]
+    path.write_bytes(manifest.dump(saved))
+    (begun.run_dir / "config.yaml").write_text(yaml.safe_dump(saved.config))
+    went_on = launch(tmp_path, *job, "train.max_steps=8", nproc=None)
+    assert went_on.code == 0, went_on.errors
+    assert "resumed from" in went_on.output and went_on.records[-1]["num_steps"] == 8
 
 
 def test_the_tool_lists_verifies_and_exports(resumed, tmp_path, capsys):

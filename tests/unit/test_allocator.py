@@ -1,10 +1,12 @@
 """That freed memory stays with a process started so: the C library is asked for the same block again and again."""
 
 import os
+import platform
 import subprocess
 import sys
 
 import pytest
+import torch
 
 from dlrm_scale.allocator import VARIABLE, keep_freed_memory
 
@@ -29,7 +31,12 @@ def page_faults(environment: dict[str, str]) -> int:
     return int(subprocess.check_output([sys.executable, "-c", USE_A_BLOCK], env=environment))
 
 
-@pytest.mark.skipif(os.confstr("CS_GNU_LIBC_VERSION") is None, reason="no glibc")
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="no glibc")
 def test_a_block_that_was_freed_costs_no_page_faults_when_it_is_used_again():
     plain = {name: value for name, value in os.environ.items() if name != VARIABLE}
     keeping = dict(plain)
@@ -44,3 +51,10 @@ def test_what_the_user_has_set_stays():
     environment = {VARIABLE: "glibc.malloc.arena_max=1"}
     keep_freed_memory(environment)
     assert environment == {VARIABLE: "glibc.malloc.arena_max=1"}
+
+
+def test_a_machine_with_gpus_keeps_the_default(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    environment: dict[str, str] = {}
+    keep_freed_memory(environment)
+    assert environment == {}

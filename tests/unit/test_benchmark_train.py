@@ -3,11 +3,14 @@
 import argparse
 
 import pytest
+import torch
 import yaml
 
 from dlrm_scale.config_io import parse_config
 from dlrm_scale.errors import ConfigError
+from dlrm_scale.training.ranks import Rank
 from tests.support.configs import TINY, tiny_config
+from tools.benchmark import train, train_ranks
 from tools.benchmark.roofline import count_work, embedding_bytes
 from tools.benchmark.stock_loop import check
 from tools.benchmark.train import BASE, summary, variants_of
@@ -65,10 +68,10 @@ def test_flops_are_those_of_the_global_batch_however_it_is_cut():
     assert count_work(plain_config(global_batch_size=128), 2).dense_flops == 2 * one.dense_flops
 
 
-def arguments(tmp_path, *changes, **options):
+def arguments(tmp_path, *changes, tree=TINY, **options):
     path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(TINY))
-    defaults = {"variant": [], "skip": [], "stock": False, "nproc": 2, "threads": 1, "steps": 8}
+    path.write_text(yaml.safe_dump(tree))
+    defaults = {"variant": [], "skip": [], "stock": [], "nproc": 2, "threads": 1, "steps": 8}
     return argparse.Namespace(config=str(path), changes=list(changes), **{**defaults, **options})
 
 
@@ -106,10 +109,41 @@ def test_a_variant_that_cannot_be_is_refused(tmp_path, variant, message):
 
 def test_stock_is_refused_for_what_torchrec_has_no_model_of(tmp_path):
     with pytest.raises(ConfigError, match=r"it needs model\.arch dlrm or dlrm_dcnv2"):
-        variants_of(arguments(tmp_path, stock=True))
+        variants_of(arguments(tmp_path, stock=[[]]))
     check(plain_config())
     with pytest.raises(ConfigError, match="rowwise_adagrad and adam"):
         check(plain_config(sparse={"name": "sgd"}))
+
+
+def test_stock_is_launched_as_asked(tmp_path, monkeypatch):
+    calls = []
+
+    def run_on_ranks(work, arguments, num_ranks, ranks_per_host, told, *, plain_allocator, silence_seconds):
+        calls.append((num_ranks, arguments[1], plain_allocator, silence_seconds))
+        raise InterruptedError
+
+    monkeypatch.setattr(train, "run_on_ranks", run_on_ranks)
+    one = ["launch.num_ranks=1", "launch.threads_per_rank=2"]
+    stock = [[], one, [*one, "launch.allocator=ours"]]
+    _, *found = variants_of(arguments(tmp_path, tree={**TINY, **PLAIN}, stock=stock))
+    for variant in found:
+        with pytest.raises(InterruptedError):
+            variant.measure(variant, print)
+    seconds = train_ranks.SILENCE_SECONDS
+    assert dict(zip((v.name for v in found), calls, strict=True)) == {
+        "stock TorchRec": (2, 1, True, seconds),
+        "stock TorchRec, num_ranks=1, threads_per_rank=2": (1, 2, True, seconds),
+        "stock TorchRec, num_ranks=1, threads_per_rank=2, allocator=ours": (1, 2, False, seconds),
+    }
+    for change in ("train.precision=bf16", "launch.allocator=mine"):
+        with pytest.raises(ConfigError, match=f"takes launch.num_ranks=N.*but not '{change}'"):
+            variants_of(arguments(tmp_path, tree={**TINY, **PLAIN}, stock=[[change]]))
+
+
+def test_what_the_device_lacks_is_refused_as_the_trainer_refuses_it():
+    rank = Rank(0, 1, 0, 1, torch.device("cpu"))
+    with pytest.raises(ConfigError, match=r"train\.tf32 is true, but only CUDA"):
+        train_ranks.plan_of(tiny_config(train={"tf32": True}), rank)
 
 
 def test_ratios_are_of_the_runs_of_one_repeat():

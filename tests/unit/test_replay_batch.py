@@ -9,12 +9,13 @@ import torch
 from dlrm_scale.config import RunConfig
 from dlrm_scale.data.batch import RecBatch
 from dlrm_scale.errors import DataError
+from dlrm_scale.models.length_chunks import CHUNK_SAMPLES
 from dlrm_scale.resilience.guards import LOSS, NonFinite
 from dlrm_scale.training.bad_batches import load_bad_batch, save_bad_batch
 from dlrm_scale.training.ranks import Rank
 from tests.support.configs import tiny_config
 from tests.support.model_inputs import random_batch
-from tools.replay_batch import main, rebuild
+from tools.replay_batch import main, not_finite, rebuild
 
 RANK = Rank(1, 2, 1, 2, torch.device("cpu"))
 BAD = NonFinite(seen={1: [LOSS]}, losses={0: 0.5, 1: math.nan})
@@ -51,6 +52,22 @@ def test_a_bad_feature_is_named_before_what_it_spoils(tmp_path, config, capsys):
     assert "step 17, rank 1 of 2" in out and "rank 1: the loss" in out
     assert "first not finite: dense feature price: rows 3" in out
     assert out.index("dense feature price") < out.index("output of dense")
+
+
+def test_rows_are_those_of_the_batch_where_a_run_sorts_samples_into_chunks(config):
+    batch = random_batch(config.features, CHUNK_SAMPLES + 50)
+    batch.dense_BF[3, 1] = math.nan
+    outputs = [place for place in not_finite(config, rebuild(config, None), batch) if place.startswith("output of")]
+    assert any(".interactions." in place for place in outputs) and any(".sequences." in place for place in outputs)
+    assert {place.partition(": ")[2] for place in outputs} == {"rows 3"}
+
+
+def test_a_run_with_kernels_of_a_gpu_and_compiled_is_replayed_plainly(tmp_path, capsys):
+    config = tiny_config(model={"pffn_kernel": "triton"}, train={"compile": True})
+    assert main(keep(tmp_path / "b.pt", random_batch(config.features, 8), config)) == 0
+    assert "another configuration" not in capsys.readouterr().out
+    arch = rebuild(config, None).dense.arch
+    assert "forward" not in vars(arch.features)  # what compiling replaces
 
 
 def test_bad_weights_are_named_and_finite_ones_pass(tmp_path, config, capsys):

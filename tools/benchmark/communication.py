@@ -2,6 +2,7 @@
 
 import argparse
 import statistics
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -24,7 +25,7 @@ from tools.benchmark.bandwidth import ID_BYTES, finish_of
 from tools.benchmark.cluster import positive
 from tools.benchmark.ranks import run_on_ranks
 from tools.benchmark.timing import Case, time_interleaved
-from tools.benchmark.train_ranks import plan_of, train
+from tools.benchmark.train_ranks import SILENCE_SECONDS, plan_of, train
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 STEPS = 16  # of the training run whose step the exchanges are a share of
@@ -32,7 +33,7 @@ STEPS = 16  # of the training run whose step the exchanges are a share of
 
 @dataclass(frozen=True)
 class Exchange:
-    """A collective of one step. `numbers`: of one rank's whole buffer, as `bandwidth` counts it. `used`: the configured precision."""
+    """A collective of one micro-batch. `numbers`: of one rank's whole buffer, as `bandwidth` counts it. `used`: the configured precision."""
 
     what: str
     collective: str
@@ -63,11 +64,22 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Raises ConfigError; else as `run_on_ranks`."""
     config = load_config(args.config, (*short(STEPS), *args.changes))
     check_num_ranks(config, args.nproc)
+    arguments, num_ranks = (config, args.seconds), args.nproc
     with console.status("starting") as status:
-        found, step_ms = run_on_ranks(measure, (config, args.seconds), args.nproc, args.nproc, status.update)[0]
+        found, step_ms = run_on_ranks(
+            measure, arguments, num_ranks, num_ranks, status.update, silence_seconds=SILENCE_SECONDS
+        )[0]
     rows = [{**asdict(m.exchange), "num_bytes": m.num_bytes, "ms": m.ms} for m in found]
-    alone_ms = sum(m.ms[m.exchange.used or "int64"] for m in found)
-    return {"config": args.config, "rows": rows, "step_ms": step_ms, "alone_ms": alone_ms, "share": alone_ms / step_ms}
+    micro_batches = config.train.accumulate_steps  # each makes all of them, the all-reduces too
+    alone_ms = micro_batches * sum(m.ms[m.exchange.used or "int64"] for m in found)
+    return {
+        "config": args.config,
+        "rows": rows,
+        "micro_batches": micro_batches,
+        "step_ms": step_ms,
+        "alone_ms": alone_ms,
+        "share": alone_ms / step_ms,
+    }
 
 
 def exchanges(config: RunConfig, plan: Plan, num_dense_parameters: int) -> list[Exchange]:
@@ -75,9 +87,13 @@ def exchanges(config: RunConfig, plan: Plan, num_dense_parameters: int) -> list[
     request, sharding = plan.request, config.sharding.communication
     ranks, batch = request.cluster.num_ranks, request.local_batch_size
     ids = whole = summed = 0.0
+    replicated: Counter[CommunicationPrecision] = Counter()
     for name, table in plan.tables.items():
         spec = request.tables[name]
         if table.sharding_type == "data_parallel":
+            replicated[spec.data_type] += (
+                spec.num_embeddings * spec.embedding_dim
+            )  # of whole tables, whatever was looked up
             continue
         per_sample = spec.expected_ids_by_feature.values()
         by_row, pooled = table.sharding_type in BY_ROW, spec.collection == "bags"
@@ -95,6 +111,7 @@ def exchanges(config: RunConfig, plan: Plan, num_dense_parameters: int) -> list[
         Exchange("sums forward", "reduce-scatter", round(summed), sharding.forward),
         Exchange("gradients of rows", "all-to-all", round(whole), sharding.backward),
         Exchange("gradients of sums", "all-gather", round(summed), sharding.backward),
+        *(Exchange("gradients of replicated tables", "all-reduce", n, kind) for kind, n in replicated.items()),
         Exchange("dense gradients", "all-reduce", num_dense_parameters, dense),
     ]
     return [e for e in every if e.numbers]
@@ -155,7 +172,7 @@ def _call(exchange: Exchange, precision: str, device: torch.device) -> Callable[
 
 
 def show(result: dict[str, Any], console: Console) -> None:
-    grid = Table(title="one rank's exchanges of a step, each alone; ms with casts", title_justify="left")
+    grid = Table(title="one rank's exchanges of a micro-batch, each alone; ms with casts", title_justify="left")
     for column in ("what", "collective", "MB now", "in", *DTYPES):
         grid.add_column(column, justify="left" if column in ("what", "collective") else "right")
     for row in result["rows"]:
@@ -166,7 +183,8 @@ def show(result: dict[str, Any], console: Console) -> None:
         grid.add_row(row["what"], row["collective"], f"{row['num_bytes'][used] / 1e6:.2f}", used, *shown)
     console.print(grid)
     console.print(
-        f"together {result['alone_ms']:.1f} ms, {result['share']:.0%} of a step of {result['step_ms']:.1f} ms if nothing overlapped them",
+        f"together {result['alone_ms']:.1f} ms in {result['micro_batches']} micro-batch(es), {result['share']:.0%} of a step of "
+        f"{result['step_ms']:.1f} ms if nothing overlapped them",
         highlight=False,
     )
     console.print(

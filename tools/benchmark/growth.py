@@ -1,7 +1,9 @@
 """`growth`: samples a second as the batch, the tables, their rows or the sequences grow; one plot each."""
 
 import argparse
+import os
 from collections.abc import Callable, Collection, Iterable, Sequence
+from html import escape
 from typing import Any
 
 from rich.console import Console
@@ -12,6 +14,7 @@ from dlrm_scale.config_io import apply_override, parse_config, read_tree
 from dlrm_scale.errors import ConfigError, NoPlanError
 from dlrm_scale.tuning.trial import short
 from tools.benchmark.cluster import positive
+from tools.benchmark.ranks import NoMemoryError
 from tools.benchmark.train import Variant, measure_here, spread, telling
 from tools.charts import Axis, Dot, chart, page
 
@@ -20,8 +23,8 @@ Tree = dict[str, Any]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Train a configuration for some steps at several sizes of one thing at a time, all sizes in turn, several times. A size that no plan fits\n"
-        "is told as such."
+        "Train a configuration for some steps at several sizes of one thing at a time, all sizes in turn, several times. A size that does not\n"
+        "fit into memory is told as such, with the limit, and the others go on."
     )
     parser.epilog = "example: python -m tools.benchmark growth --config configs/quickstart.yaml --axis batch 256 1024 4096 --html growth.html"
     parser.add_argument("--config", required=True, metavar="YAML")
@@ -67,7 +70,8 @@ def _sequence(tree: Tree, size: int) -> None:
     sequences = tree["features"].get("sequences", [])
     if not sequences:
         raise ConfigError(
-            "--axis sequence: the configuration has no sequence; take one that has, as configs/quickstart.yaml"
+            "--axis sequence: the configuration has no sequence; take one that has, as configs/quickstart.yaml, or name the other axes: "
+            "--axis batch --axis tables --axis rows"
         )
     for sequence in sequences:
         sequence["max_length"] = size
@@ -75,8 +79,8 @@ def _sequence(tree: Tree, size: int) -> None:
 
 
 AXES: dict[str, tuple[Callable[[Tree, int], None], str, tuple[int, ...]]] = {
-    "batch": (_batch, "global batch size", (256, 1024, 4096, 16_384, 32_768)),
-    "tables": (_tables, "categorical features, each with a table", (8, 32, 128, 512)),
+    "batch": (_batch, "global batch size, samples", (256, 1024, 4096, 16_384, 32_768)),
+    "tables": (_tables, "tables, one for each categorical feature", (8, 32, 128, 512)),
     "rows": (_rows, "rows of each table", (10_000, 100_000, 1_000_000, 10_000_000, 100_000_000)),
     "sequence": (_sequence, "events of a sequence at most", (10, 30, 100, 300, 1000)),
 }
@@ -84,7 +88,9 @@ AXES: dict[str, tuple[Callable[[Tree, int], None], str, tuple[int, ...]]] = {
 
 # ------------------------------------------------------------ measuring
 def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """Raises ConfigError; else as `run_on_ranks`."""
+    """Raises ConfigError; else as `run_on_ranks`, but for memory that runs out."""
+    if args.html:
+        _write(args.html, "", mode="a")  # that it cannot be must not show after hours
     cells = [(axis, size, _variant(args, axis, size)) for axis, sizes in axes_of(args) for size in sizes]
     found: dict[tuple[str, int], list[dict[str, Any]]] = {(axis, size): [] for axis, size, _ in cells}
     unfit: dict[tuple[str, int], str] = {}
@@ -97,8 +103,8 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
                 tell("starting")
                 try:
                     found[axis, size].append(measure_here(variant, tell))
-                except NoPlanError as e:
-                    unfit[axis, size] = str(e).splitlines()[0]
+                except (NoPlanError, NoMemoryError) as e:
+                    unfit[axis, size] = _limit(e)
     result = {
         "config": args.config,
         "changes": args.changes,
@@ -108,8 +114,16 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         "html": args.html,
     }
     if args.html:
-        _write(args.html, result)
+        _write(args.html, page("Growth", plots(result)))
     return result
+
+
+def _limit(e: NoPlanError | NoMemoryError) -> str:
+    """What is short, and of how much."""
+    if isinstance(e, NoPlanError):
+        return "; ".join(line.strip() for line in str(e).splitlines()[:2])  # the rest is how to make it fit
+    host_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return f"{e}; the machine has {host_bytes / 1e9:.1f} GB of host memory"
 
 
 def axes_of(args: argparse.Namespace) -> list[tuple[str, tuple[int, ...]]]:
@@ -150,23 +164,45 @@ def _cell(axis: str, size: int, runs: list[dict[str, Any]], unfit: str | None) -
 
 
 # ------------------------------------------------------------ to read
-def _write(path: str, result: dict[str, Any]) -> None:
-    parts = [f"<h1>{result['config']}: samples a second</h1>"]
+def plots(result: dict[str, Any]) -> list[str]:
+    """Parts of a page: for each axis one plot, and which sizes do not fit."""
+    parts = [
+        f"<h1>{escape(result['config'])} {escape(' '.join(result['changes']))}: samples a second as it grows</h1>",
+        f"<p>Dots are medians of {result['repeats']} repeats, bars reach from the least to the most. Both axes are logarithmic.</p>",
+    ]
     for axis, (_, name, _) in AXES.items():
-        cells = [c for c in result["cells"] if c["axis"] == axis and "samples_per_s" in c]
-        if len(cells) < 2:
-            continue
-        medians = [(c["size"], c["samples_per_s"]["median"]) for c in cells]
-        ends = [c["samples_per_s"][end] for c in cells for end in ("least", "most")]
-        dots = [Dot(size, speed, f"{size:,}: {speed:,.0f} samples/s") for size, speed in medians]
-        x, y = Axis.around(name, [size for size, _ in medians], log=True), Axis.around("samples/s", ends, log=True)
-        spreads = [
-            ([(c["size"], c["samples_per_s"]["least"]), (c["size"], c["samples_per_s"]["most"])], 1) for c in cells
+        cells = [cell for cell in result["cells"] if cell["axis"] == axis]
+        measured = [cell for cell in cells if "samples_per_s" in cell]
+        if cells:
+            parts.append(f"<h2>{name}</h2>")
+        if measured:
+            parts.append(_plot(name, sorted(measured, key=lambda cell: cell["size"])))
+        parts += [
+            f"<p>{cell['size']:,} does not fit: {escape(cell['does_not_fit'])}</p>"
+            for cell in cells
+            if cell["does_not_fit"]
         ]
-        parts += [f"<h2>{name}</h2>", chart(x, y, dots, [(medians, 0), *spreads])]
+    return parts
+
+
+def _plot(name: str, cells: Sequence[dict[str, Any]]) -> str:
+    sizes, speeds = [cell["size"] for cell in cells], [cell["samples_per_s"] for cell in cells]
+    medians = [(size, speed["median"]) for size, speed in zip(sizes, speeds, strict=True)]
+    bars = [([(size, speed["least"]), (size, speed["most"])], 1) for size, speed in zip(sizes, speeds, strict=True)]
+    dots = [
+        Dot(size, median, f"{size:,}: {median:,.0f} samples/s, {cell['host_gb_a_rank']:.2f} GB a rank")
+        for (size, median), cell in zip(medians, cells, strict=True)
+    ]
+    ends = [speed[end] for speed in speeds for end in ("least", "most")]
+    x, y = Axis.around(name, sizes, log=True, marked=sizes), Axis.around("samples/s", ends, log=True)
+    return chart(x, y, dots, [(medians, 0), *bars])
+
+
+def _write(path: str, text: str, mode: str = "w") -> None:
+    """Raises ConfigError."""
     try:
-        with open(path, "w") as f:
-            f.write(page("Growth", parts))
+        with open(path, mode) as f:
+            f.write(text)
     except OSError as e:
         raise ConfigError(f"cannot write {path}: {e.strerror}; name another place: --html") from None
 
@@ -177,11 +213,14 @@ def show(result: dict[str, Any], console: Console) -> None:
         grid.add_column(column, justify="right" if column else "left")
     for cell in result["cells"]:
         speed = cell.get("samples_per_s")
-        told = (
-            f"{speed['median']:,.0f} ({speed['least']:,.0f}..{speed['most']:,.0f})" if speed else cell["does_not_fit"]
-        )
+        told = f"{speed['median']:,.0f} ({speed['least']:,.0f}..{speed['most']:,.0f})" if speed else ""
+        if cell["does_not_fit"]:
+            told += " does not fit"  # it may have, in an earlier repeat
         grid.add_row(cell["axis"], f"{cell['size']:,}", told, f"{cell['host_gb_a_rank']:.2f}" if speed else "")
     console.print(grid)
+    for cell in result["cells"]:
+        if cell["does_not_fit"]:
+            console.print(f"{cell['axis']} {cell['size']:,} does not fit: {cell['does_not_fit']}")
     console.print(
         f"next: open {result['html']} in a browser" if result["html"] else "next: the same with --html FILE draws it"
     )

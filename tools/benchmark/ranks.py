@@ -13,11 +13,15 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 from dlrm_scale.allocator import VARIABLE, keep_freed_memory
-from dlrm_scale.errors import PeerError, UserError
+from dlrm_scale.errors import LOST_PEER, SHORT_OF_MEMORY, PeerError, UserError
 from dlrm_scale.libraries import loading_libraries
 
 SILENCE_SECONDS = 120.0  # loading the libraries takes up to 20 on a busy machine, a call of a benchmark less
 SETTLE_SECONDS = 2.0  # in which the others notice that one is gone
+
+
+class NoMemoryError(PeerError):
+    """A rank's memory ran out: it said so itself, or the kernel killed it."""
 
 
 def run_on_ranks(
@@ -36,6 +40,7 @@ def run_on_ranks(
     `work` must be importable. What a rank says with `tell` reaches `told` here; one of them must speak every now and then.
 
     Raises:
+        NoMemoryError: of a rank.
         PeerError: a rank was killed, or all were silent for `silence_seconds` (None: SILENCE_SECONDS).
         UserError: as a rank raised it.
         RuntimeError: another exception on a rank, with its traceback.
@@ -76,7 +81,7 @@ def _freed_memory_kept() -> Iterator[None]:
     keep_freed_memory(os.environ)
     yield
     if before is None:
-        del os.environ[VARIABLE]
+        os.environ.pop(VARIABLE, None)
 
 
 def _results(
@@ -102,21 +107,47 @@ def _results(
                 results[index] = value
                 del pipes[pipe]
             else:
-                raise _failure(processes, index, value)
+                raise _failure(pipes, processes, {index: value})
     return results
 
 
-def _failure(processes: list[BaseProcess], index: int, what: str | UserError) -> Exception:
-    """A rank that was killed is the cause of what the others say."""
+def _failure(pipes: dict[Connection, int], processes: list[BaseProcess], said: dict[int, str | UserError]) -> Exception:
+    """A rank that was killed is the cause of what the others say, and so is one whose own fault another was the first to notice."""
     for process in processes:
         process.join(SETTLE_SECONDS / len(processes))
     killed = {i: p.exitcode for i, p in enumerate(processes) if p.exitcode is not None and p.exitcode < 0}
     if killed:
         rank, code = min(killed.items())
         cause = signal.Signals(-code).name
-        remedy = "; the kernel does so where memory runs out: take fewer ranks" if cause == "SIGKILL" else ""
-        return PeerError(f"rank {rank} was ended by {cause}{remedy}")
-    return what if isinstance(what, UserError) else RuntimeError(f"rank {index} failed: {what}")
+        if cause == "SIGKILL":
+            return NoMemoryError(
+                f"rank {rank} was ended by {cause}; the kernel does so where memory runs out: take fewer ranks"
+            )
+        return PeerError(f"rank {rank} was ended by {cause}")
+    for pipe, index in pipes.items():
+        for kind, value in _rest(pipe):
+            if kind == "failed":
+                said[index] = value
+    rank, what = min(said.items(), key=lambda item: _distance(item[1]))
+    if isinstance(what, UserError):
+        return what
+    lines = [line.strip() for line in what.splitlines() if SHORT_OF_MEMORY.search(line)]
+    if lines:
+        return NoMemoryError(f"rank {rank} has no memory left: {lines[-1]}; take fewer ranks")
+    return RuntimeError(f"rank {rank} failed: {what}")
+
+
+def _rest(pipe: Connection) -> Iterator[tuple[str, Any]]:
+    try:
+        while pipe.poll():
+            yield pipe.recv()
+    except EOFError:
+        pass
+
+
+def _distance(what: str | UserError) -> int:
+    """From the cause: the largest is of a rank that only lost another one."""
+    return 0 if isinstance(what, UserError) else 1 + any(lost in what for lost in LOST_PEER)
 
 
 def _serve(pipe: Connection, environment: dict[str, Any], job: bytes) -> None:

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,10 @@ from tools.benchmark.cluster import positive
 from tools.benchmark.ranks import run_on_ranks
 from tools.benchmark.roofline import Work, count_work, precision_of
 from tools.benchmark.stock_loop import check, measure_stock
-from tools.benchmark.train_ranks import SKIPS, RankRun, measure_training, trace_training
+from tools.benchmark.train_ranks import SILENCE_SECONDS, SKIPS, RankRun, measure_training, trace_training
 
 BASE, STOCK = "base", "stock TorchRec"
-SILENCE_SECONDS = 900.0  # a rank says nothing while it fills tables, and while an arch is compiled for the first time
+OUR_ALLOCATOR = "launch.allocator=ours"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,7 +52,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--variant", nargs="+", action="append", default=[], metavar=("NAME", "KEY=VALUE"),
         help=f"beside the base, also with other {RANKS_KEY} or {THREADS_KEY}; can be given several times",
     )  # fmt: skip
-    parser.add_argument("--stock", action="store_true", help="beside TorchRec's own DLRM in a plain loop, fp32")
+    parser.add_argument(
+        "--stock", nargs="*", action="append", default=[], metavar="KEY=VALUE",
+        help="beside TorchRec's own DLRM in a plain loop, fp32: on the base's ranks and with the default allocator, or with other "
+        f"{RANKS_KEY} or {THREADS_KEY}, or {OUR_ALLOCATOR} (as our launcher sets it); can be given several times",
+    )  # fmt: skip
     parser.add_argument("--commit", metavar="REV", help="beside the base on another commit of this repository")
     parser.add_argument("--skip", nargs="+", choices=SKIPS, default=[], help="beside the base without these")
     parser.add_argument(
@@ -97,7 +101,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
             status.update("tracing")
             base = variants[0]
             arguments = (base.config, base.threads, args.trace)
-            table = run_on_ranks(trace_training, arguments, base.ranks, base.ranks)[0]
+            table = run_on_ranks(trace_training, arguments, base.ranks, base.ranks, silence_seconds=SILENCE_SECONDS)[0]
     return {
         "config": args.config,
         "changes": args.changes,
@@ -120,10 +124,7 @@ def variants_of(args: argparse.Namespace) -> list[Variant]:
     for name, *changes in args.variant:
         found.append(variant(args, name, changes))
     found += [variant(args, f"without {skip}", [], skip=skip) for skip in args.skip]
-    if args.stock:
-        fp32 = variant(args, STOCK, ["train.precision=fp32"], measure=_measure_stock)
-        check(fp32.config)
-        found.append(fp32)
+    found += [stock_variant(args, launch) for launch in args.stock]
     refuse_equal_names([v.name for v in found])
     return found
 
@@ -150,6 +151,24 @@ def variant(args: argparse.Namespace, name: str, changes: Sequence[str], **parts
     return Variant(name, config, launch[RANKS_KEY], launch[THREADS_KEY], **{"measure": measure_here, **parts})
 
 
+def stock_variant(args: argparse.Namespace, launch: Sequence[str]) -> Variant:
+    """TorchRec's loop, launched so. Raises ConfigError: it cannot be, or TorchRec has no such model."""
+    ours = OUR_ALLOCATOR in launch
+    changes = [change for change in launch if change != OUR_ALLOCATOR]
+    strange = [change for change in changes if change.partition("=")[0] not in (RANKS_KEY, THREADS_KEY)]
+    if strange:
+        raise ConfigError(
+            f"--stock takes {RANKS_KEY}=N, {THREADS_KEY}=N and {OUR_ALLOCATOR}, but not {strange[0]!r}: nothing else of ours is in TorchRec's "
+            "own loop; give changes of all variants before the options"
+        )
+    name = ", ".join([STOCK, *(change.removeprefix("launch.") for change in launch)])
+    plain = variant(
+        args, name, [*changes, "train.precision=fp32", "train.tf32=false"], measure=partial(_measure_stock, ours)
+    )
+    check(plain.config)
+    return plain
+
+
 def measure_here(variant: Variant, tell: Callable[[str], Any]) -> dict[str, Any]:
     arguments = (variant.config, variant.threads, variant.skip)
     ranks = run_on_ranks(
@@ -158,10 +177,17 @@ def measure_here(variant: Variant, tell: Callable[[str], Any]) -> dict[str, Any]
     return figures(variant, ranks)
 
 
-def _measure_stock(variant: Variant, tell: Callable[[str], Any]) -> dict[str, Any]:
-    """As its users start it: not by our launcher."""
-    arguments = (variant.config, variant.threads)
-    ranks = run_on_ranks(measure_stock, arguments, variant.ranks, variant.ranks, tell, plain_allocator=True)
+def _measure_stock(our_allocator: bool, variant: Variant, tell: Callable[[str], Any]) -> dict[str, Any]:
+    """As its users start it, not by our launcher, unless its allocator is to be ours."""
+    ranks = run_on_ranks(
+        measure_stock,
+        (variant.config, variant.threads),
+        variant.ranks,
+        variant.ranks,
+        tell,
+        plain_allocator=not our_allocator,
+        silence_seconds=SILENCE_SECONDS,
+    )
     return figures(variant, ranks)
 
 

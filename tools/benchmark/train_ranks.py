@@ -18,6 +18,7 @@ from dlrm_scale.models.ranking_model import RankingModel, build_model
 from dlrm_scale.sharding.apply import shard_model
 from dlrm_scale.sharding.plan import Plan
 from dlrm_scale.training.clock import STAGES
+from dlrm_scale.training.device import check_device
 from dlrm_scale.training.monitor import Board, peak_memory_bytes
 from dlrm_scale.training.progress import Progress
 from dlrm_scale.training.ranks import Rank, from_first_rank, process_group, this_rank
@@ -31,6 +32,7 @@ from tools.benchmark.roofline import Peaks, measure_peaks
 SKIPS = ("data", "dense")
 KEPT_BATCHES = 8  # of each rank, where data is skipped
 ROWS_OF_TRACE = 15
+SILENCE_SECONDS = 900.0  # a rank says nothing while it fills tables, and while an arch is compiled for the first time
 
 
 class InMemory(TrainReader):
@@ -101,7 +103,8 @@ def measure_training(tell: Callable[[str], Any], config: RunConfig, threads: int
 
 
 def plan_of(config: RunConfig, rank: Rank) -> Plan:
-    """As the trainer plans. Collective."""
+    """As the trainer plans. Collective. Raises ConfigError: the device lacks what is asked for, as the trainer says it."""
+    check_device(config, rank.device)
     return from_first_rank(make_plan(config, rank) if rank.is_first else None)
 
 
