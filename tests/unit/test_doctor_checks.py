@@ -35,6 +35,7 @@ LAPTOP = Facts(
     omp_num_threads=None,
     available_bytes=16 * 2**30,
     bf16_flags=(),
+    compiler="/usr/bin/c++",
     commands={"torchrun": "path", "torchx": "path"},
 )
 GPU_BOX = replace(
@@ -133,6 +134,7 @@ FAULTY = {
     "too many threads": (replace(LAPTOP, omp_num_threads="64"), "threads", "warn", "'64'", "unset OMP_NUM_THREADS"),
     "threads not a number": (replace(LAPTOP, omp_num_threads="all"), "threads", "warn", "'all'", "unset"),
     "little memory": (replace(LAPTOP, available_bytes=2**30), "memory", "warn", "1.0 GiB", "ps aux"),
+    "no compiler": (replace(LAPTOP, compiler=None), "c++", "warn", "bf16", "install g++"),
     "no torchx": (
         replace(LAPTOP, commands={"torchrun": "path", "torchx": None}),
         *("commands", "warn", "torchx", CPU_REINSTALL),

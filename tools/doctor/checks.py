@@ -47,6 +47,7 @@ def check_all(facts: Facts) -> list[Check]:
         check_threads,
         check_memory,
         check_bf16,
+        check_compiler,
         check_commands,
     )
     return [rule(facts) for rule in rules]
@@ -218,6 +219,13 @@ def check_bf16(facts: Facts) -> Check:
     if facts.bf16_flags:
         return Check("cpu bf16", "ok", f"{', '.join(facts.bf16_flags)}: train.precision=bf16 is fast on the CPU")
     return Check("cpu bf16", "ok", "none: on the CPU keep train.precision=fp32")
+
+
+def check_compiler(facts: Facts) -> Check:
+    if facts.compiler is None:
+        found = "no C++ compiler ($CXX, or c++): train.compile cannot work, and attention in bf16 is slow on a CPU"
+        return Check("c++", "warn", found, "sudo apt-get install g++")
+    return Check("c++", "ok", facts.compiler)
 
 
 def check_commands(facts: Facts) -> Check:

@@ -45,6 +45,7 @@ class Facts:
         omp_num_threads: the variable's value; None: unset.
         available_bytes: memory that can be had now.
         bf16_flags: the processor's flags for bfloat16.
+        compiler: the C++ compiler that $CXX names, or else c++; None: there is none.
         commands: launcher -> whether the shell finds it ("path"), or only its folder has it ("bin"), or nothing (None).
     """
 
@@ -62,6 +63,7 @@ class Facts:
     omp_num_threads: str | None
     available_bytes: int
     bf16_flags: tuple[str, ...]
+    compiler: str | None
     commands: dict[str, Literal["path", "bin"] | None]
 
 
@@ -84,6 +86,7 @@ def gather() -> Facts:
         omp_num_threads=os.environ.get("OMP_NUM_THREADS"),
         available_bytes=available_bytes(),
         bf16_flags=_bf16_flags(),
+        compiler=shutil.which(os.environ.get("CXX", "c++")),
         commands={command: _where(command) for command in ("torchrun", "torchx")},
     )
 
