@@ -1,6 +1,8 @@
 """The training benchmark's arithmetic: what it counts, which variants it makes, and how it compares them."""
 
 import argparse
+import json
+import subprocess
 
 import pytest
 import torch
@@ -138,6 +140,26 @@ def test_stock_is_launched_as_asked(tmp_path, monkeypatch):
     for change in ("train.precision=bf16", "launch.allocator=mine"):
         with pytest.raises(ConfigError, match=f"takes launch.num_ranks=N.*but not '{change}'"):
             variants_of(arguments(tmp_path, tree={**TINY, **PLAIN}, stock=[[change]]))
+
+
+def test_another_commit_trains_the_base_with_its_own_code_and_leaves_no_worktree(tmp_path, monkeypatch):
+    ran, answers = [], {"stdout": json.dumps({"variants": {BASE: {"runs": [{"samples_per_s": 7.0}]}}}), "returncode": 0}
+
+    def run(command, **options):
+        ran.append((command, options.get("env", {}).get("PYTHONPATH")))
+        return subprocess.CompletedProcess(command, **{"stderr": "no such key", **answers})
+
+    monkeypatch.setattr(train.subprocess, "run", run)
+    with train.other_commit(arguments(tmp_path, "train.global_batch_size=128", commit="v1")) as variant:
+        assert variant.name == "at v1" and variant.measure(variant, lambda told: None) == {"samples_per_s": 7.0}
+        answers["returncode"] = 2
+        with pytest.raises(ConfigError, match="does not run at v1: no such key"):
+            variant.measure(variant, lambda told: None)
+        answers["returncode"] = 0
+    (added, _), (trained, path), _, (removed, _) = ran
+    assert added == ["git", "worktree", "add", "--detach", path, "v1"] and removed[-1] == path
+    assert removed[:4] == ["git", "worktree", "remove", "--force"]
+    assert "train.global_batch_size=128" in trained and trained[trained.index("--steps") + 1] == "8"
 
 
 def test_what_the_device_lacks_is_refused_as_the_trainer_refuses_it():
