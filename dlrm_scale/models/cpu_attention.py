@@ -102,5 +102,19 @@ _forward.register_autograd(_gradients, setup_context=_keep_inputs)
 
 
 def rotary_attention(qkv_BNR: Tensor, rotary_2Nf: Tensor, lengths_B: Tensor, num_heads: int) -> Tensor:
-    """As `plain_attention` in attention.py, but for zeros behind a sample's last token: bf16 (B, N, R) -> (B, N, d)."""
+    """As `plain_attention` in attention.py, but for zeros behind a sample's last token: bf16 (B, N, R) -> (B, N, d).
+
+    Raises:
+        ValueError: it would read outside of a tensor.
+    """
+    num_tokens, columns = qkv_BNR.shape[1:]
+    half = columns // 3 // num_heads // 2
+    if qkv_BNR.dtype != torch.bfloat16 or columns != 6 * half * num_heads or not rotary_2Nf.is_contiguous():
+        raise ValueError(
+            f"q, k, v: {qkv_BNR.dtype} of {columns} columns; they must be bf16 of 3 x {num_heads} even heads"
+        )
+    if rotary_2Nf.shape[1] < num_tokens or rotary_2Nf.shape[2] != half:
+        raise ValueError(
+            f"angles are of {tuple(rotary_2Nf.shape[1:])}, but there are {num_tokens} tokens of {half} pairs"
+        )
     return _forward(qkv_BNR.contiguous(), rotary_2Nf, lengths_B.long().contiguous(), num_heads)

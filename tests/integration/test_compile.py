@@ -1,8 +1,12 @@
-"""train.compile through the launcher: the same model, or a plain word that it could not be."""
+"""train.compile: the same model, or a plain word that it could not be."""
 
 import pytest
+import torch
 
+from dlrm_scale.models.compiled import compile_arch
+from dlrm_scale.models.ranking_model import build_model
 from tests.support.launch import launch
+from tests.support.model_inputs import FEATURES, random_batch, run_config, with_features
 
 CUT = ("train.max_steps=8", "log.every_steps=4", "eval.max_samples=200")
 
@@ -34,3 +38,30 @@ def test_without_a_compiler_it_trains_all_the_same_and_says_why(tmp_path, own_ca
     assert outcome.code == 0, outcome.errors
     assert "train.compile: InterFormer runs as it is, since it cannot be compiled" in outcome.errors
     assert outcome.records[0]["num_steps"] == 8
+
+
+@pytest.mark.timeout(500)
+def test_compiled_chunks_in_bf16_equal_the_plain_ones(own_cache):
+    """As trained on a CPU: several chunks a batch, whose lengths change from batch to batch, and the kernel of attention."""
+    history = FEATURES["sequences"][0] | {"max_length": 40}
+    config = run_config(with_features(sequences=[history]), precision="bf16")
+    model = build_model(config, table_device=torch.device("cpu"), dense_device=torch.device("cpu"))
+    torch.manual_seed(0)
+    for table in model.embeddings.parameters():
+        torch.nn.init.normal_(table)
+    batches = [random_batch(config.features, 520 + 7 * seed, seed) for seed in range(2)]
+    plain = [_results(model, batch) for batch in batches]
+    compile_arch(model.dense.arch, on_cpu=True)
+    for batch, (loss, gradients) in zip(batches, plain, strict=True):
+        compiled_loss, compiled_gradients = _results(model, batch)
+        assert compiled_loss == pytest.approx(loss, rel=2e-3)
+        for name, gradient in gradients.items():
+            difference = (compiled_gradients[name] - gradient).norm()
+            assert difference <= 0.03 * gradient.norm() + 1e-6, name  # some roundings to bf16 that fusing leaves out
+
+
+def _results(model, batch):
+    model.zero_grad(set_to_none=True)
+    loss, _ = model(batch)
+    loss.backward()
+    return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}

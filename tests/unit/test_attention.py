@@ -113,6 +113,20 @@ def test_the_kernel_of_cpus_hands_on_what_is_not_finite(spoiled):
     assert not out[1, 2].isfinite().all() and not leaf.grad[1].isfinite().all()
 
 
+@pytest.mark.parametrize(
+    ("qkv", "num_positions"),
+    [
+        (torch.zeros(2, 5, 3 * D), 5),
+        (torch.zeros(2, 5, 3 * D + 3).bfloat16(), 5),
+        (torch.zeros(2, 5, 3 * D).bfloat16(), 4),
+    ],
+    ids=["fp32", "odd heads", "too few angles"],
+)
+def test_the_kernel_of_cpus_reads_nothing_outside(qkv, num_positions):
+    with pytest.raises(ValueError, match=r"must be bf16|angles are of"):
+        rotary_attention(qkv, rotary_table(num_positions, D // HEADS, 100.0), torch.tensor([5, 5]), HEADS)
+
+
 def test_the_operators_of_the_kernel_keep_torch_s_rules():
     qkv = torch.randn(2, N, 3 * D).bfloat16().requires_grad_()
     inputs = (qkv, rotary_table(N, D // HEADS, 100.0), torch.tensor([N, 3]), HEADS)

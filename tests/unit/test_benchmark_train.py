@@ -113,8 +113,15 @@ def test_stock_is_refused_for_what_torchrec_has_no_model_of(tmp_path):
     with pytest.raises(ConfigError, match=r"it needs model\.arch dlrm or dlrm_dcnv2"):
         variants_of(arguments(tmp_path, stock=[[]]))
     check(plain_config())
-    with pytest.raises(ConfigError, match="rowwise_adagrad and adam"):
-        check(plain_config(sparse={"name": "sgd"}))
+    more = (
+        {"sparse": {"name": "sgd"}},
+        {"accumulate_steps": 2},
+        {"clip_grad_norm": 1.0},
+        {"schedule": {"warmup_steps": 1}},
+    )
+    for changes in more:  # a plain loop would leave them out, and look faster
+        with pytest.raises(ConfigError, match="in a plain loop"):
+            check(plain_config(**changes))
 
 
 def test_stock_is_launched_as_asked(tmp_path, monkeypatch):

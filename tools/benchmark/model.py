@@ -106,10 +106,10 @@ def cells_of(args: argparse.Namespace) -> list[list[Cell]]:
 
 def _cell(args: argparse.Namespace, name: str, changes: Sequence[str], sizes: dict[str, int]) -> Cell:
     tree = read_tree(args.config, RunConfig, "configuration")
-    for axis, size in sizes.items():
-        AXES[axis](tree, size)
     for change in (*args.changes, *changes):
         apply_override(tree, change)
+    for axis, size in sizes.items():  # last: what a row is called, it is
+        AXES[axis](tree, size)
     return Cell(name, sizes, parse_config(tree, f"{args.config}, {name}"))
 
 
@@ -216,7 +216,9 @@ def _measured(
         cases[cell.name, "step"] = Case(each.step, finish=finish_of(device))
     cases |= {("machine", name): case for name, case in peak_cases(device).items()}
     times = time_interleaved(cases, seconds)
-    machine = {name: statistics.median(s) for (of, name), s in times.items() if of == "machine"}
+    machine = {
+        name: min(s) for (of, name), s in times.items() if of == "machine"
+    }  # the peak: the best round, as in `train`
     peaks = peaks_of(machine, device, num_ranks=1)
     rows = []
     for cell, each in zip(cells, built, strict=True):

@@ -23,7 +23,7 @@ from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
-from dlrm_scale.config import DCNv2Config, DLRMConfig, RunConfig
+from dlrm_scale.config import DCNv2Config, DLRMConfig, RunConfig, Schedule
 from dlrm_scale.data.open import open_source
 from dlrm_scale.errors import ConfigError
 from dlrm_scale.meta import META
@@ -34,23 +34,28 @@ from tools.benchmark.train_ranks import KEPT_BATCHES, InMemory, RankRun
 
 
 def check(config: RunConfig) -> None:
-    """Raises ConfigError: TorchRec has no such model."""
-    sizes = {table.embedding_dim for table in config.features.tables.values()}
-    one_to_one = len(config.features.bag_keys) == len(config.features.tables)
-    plain = config.train.sparse.name == "rowwise_adagrad" and config.train.dense.name == "adam"
-    if (
-        not isinstance(config.model, DLRMConfig | DCNv2Config)
-        or config.features.sequences
-        or len(sizes) > 1
-        or not one_to_one
-        or not plain
-        or len(config.features.labels) > 1
-        or not config.features.dense
-    ):
+    """Raises ConfigError: TorchRec has no such model, or the plain loop would do less than the configuration asks for."""
+    features, train = config.features, config.train
+    tables = features.tables.values()
+    suits = (
+        isinstance(config.model, DLRMConfig | DCNv2Config)
+        and not features.sequences
+        and len({table.embedding_dim for table in tables}) == 1
+        and all(table.data_type == "fp32" and table.pooling == "sum" for table in tables)
+        and len(features.bag_keys) == len(features.tables)
+        and len(features.labels) == 1
+        and bool(features.dense)
+    )
+    plain = (
+        (train.sparse.name, train.dense.name, train.accumulate_steps) == ("rowwise_adagrad", "adam", 1)
+        and not (train.sparse.weight_decay or train.dense.weight_decay or train.clip_grad_norm)
+        and train.schedule == Schedule()
+    )
+    if not (suits and plain):
         raise ConfigError(
-            "--stock is TorchRec's own DLRM or DLRM_DCN: it needs model.arch dlrm or dlrm_dcnv2, dense features, no sequences, one "
-            "categorical feature for each table, tables of one embedding_dim, one label, rowwise_adagrad and adam; leave --stock out, or "
-            "change the configuration"
+            "--stock is TorchRec's own DLRM or DLRM_DCN in a plain loop: it needs model.arch dlrm or dlrm_dcnv2, dense features, no "
+            "sequences, one categorical feature for each table, fp32 tables of one embedding_dim that sum, one label, rowwise_adagrad "
+            "and adam without weight_decay, clip_grad_norm, schedule or accumulate_steps; leave --stock out, or change the configuration"
         )
 
 
