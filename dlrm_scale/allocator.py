@@ -13,6 +13,7 @@ TUNABLES = {
     "trim_threshold": 2**36,  # which keeps what is freed,
     "top_pad": 2**26,  # and grows by this much at once
 }
+SETTING = ":".join(f"glibc.malloc.{name}={value}" for name, value in TUNABLES.items())
 
 
 def keep_freed_memory(environment: MutableMapping[str, str]) -> None:
@@ -24,4 +25,4 @@ def keep_freed_memory(environment: MutableMapping[str, str]) -> None:
 
     if torch.cuda.device_count():
         return
-    environment.setdefault(VARIABLE, ":".join(f"glibc.malloc.{name}={value}" for name, value in TUNABLES.items()))
+    environment.setdefault(VARIABLE, SETTING)

@@ -2,6 +2,7 @@
 
 import argparse
 import itertools
+import os
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
+from dlrm_scale.allocator import SETTING, VARIABLE
 from dlrm_scale.config import RunConfig
 from dlrm_scale.config_io import apply_override, parse_config, read_tree
 from dlrm_scale.errors import ConfigError
@@ -264,6 +266,8 @@ def show(result: dict[str, Any], console: Console) -> None:
     peaks = result["rows"][-1]["peaks"]
     flops = ", ".join(f"{precision} {rate / 1e12:,.2f} TFLOP/s" for precision, rate in peaks["flops_per_s"].items())
     console.print(f"measured in the same rounds: {flops}, copy {peaks['copy_bytes_per_s'] / 1e9:,.1f} GB/s")
+    if result["device"] == "cpu" and VARIABLE not in os.environ:
+        console.print(f"note: training keeps freed memory; to do so here too, put in front: {VARIABLE}={SETTING}")
     for name, table in result["costliest"].items():
         console.print(f"{name}, {PROFILED_STEPS} steps\n{table}")
     console.print("next: add --profile, or --expected H200")
