@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch._dynamo.exc import TorchDynamoException
+from torch._functorch import config as functorch_config
 
 
 def compile_arch(arch: nn.Module, on_cpu: bool) -> None:
@@ -16,6 +17,8 @@ def compile_arch(arch: nn.Module, on_cpu: bool) -> None:
         arch: where it has `regions` (modules, and modules that see sequences), these are compiled one by one: layers of one
             class share their code, and how a batch is cut into chunks of other lengths stays outside.
     """
+    # By itself the backward graph is compiled in the first backward pass, where it is too late to go on without.
+    functorch_config.force_non_lazy_backward_lowering = True
     plain, of_sequences = arch.regions if hasattr(arch, "regions") else ([arch], [])
     compiled = _CompiledArch(type(arch).__name__)
     for module in plain:
@@ -43,5 +46,6 @@ class _CompiledArch:
 
     def _give_up(self, e: TorchDynamoException) -> None:
         self.is_plain = True
-        why = next((line.strip() for line in str(e).splitlines() if line.strip()), type(e).__name__)
+        lines = [line.strip() for line in str(e).splitlines()]
+        why = next((line for line in lines if line and not line.endswith("raised:")), type(e).__name__)
         warnings.warn(f"train.compile: {self.name} runs as it is, since it cannot be compiled: {why}", stacklevel=2)

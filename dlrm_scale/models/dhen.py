@@ -58,7 +58,8 @@ class DHEN(nn.Module):
     def forward(self, tokens_BNd: Tensor) -> Tensor:
         outputs = [part(tokens_BNd) for part in self.parts]
         joined_BOd = sum(outputs) if self.join is None else self.join(torch.cat(outputs, dim=2))
-        return self.norm(joined_BOd + self.shortcut(tokens_BNd))
+        # PyTorch's norm of bf16 on a CPU adds up its weight's gradient in bf16: nonsense from some thousand rows on
+        return self.norm((joined_BOd + self.shortcut(tokens_BNd)).float())
 
 
 class InteractionArch(nn.Module):

@@ -40,3 +40,15 @@ def test_interaction_arch_equals_its_definition():
     for ensemble in ("sum", "concat"):
         arch = InteractionArch(num_in=7, num_out=3, config=run_config(ensemble=ensemble).model)
         torch.testing.assert_close(arch(z), dhen_twin(arch, z, ensemble == "concat"), atol=1e-5, rtol=1e-4)
+
+
+def test_gradients_of_the_norm_add_up_in_fp32():
+    arch, tokens, found = InteractionArch(5, 3, run_config().model), torch.randn(8000, 5, 8), []
+    for dtype in (torch.float32, torch.bfloat16):
+        arch.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            out = arch(tokens.to(dtype))
+        out.float().sum().backward()
+        found.append((arch.dhen.norm.weight.grad, arch.dhen.norm.bias.grad))
+    for exact, rounded in zip(*found, strict=True):
+        assert (rounded - exact).norm() <= 0.03 * exact.norm()

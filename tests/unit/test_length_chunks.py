@@ -3,12 +3,13 @@
 import pytest
 import torch
 
+from dlrm_scale.config import RunConfig
 from dlrm_scale.models import length_chunks
 from dlrm_scale.models.length_chunks import CHUNK_SAMPLES, LengthChunks, cut_by_length
 from dlrm_scale.models.ranking_model import build_model
-from tests.support.model_inputs import FEATURES, random_batch, run_config, with_features
+from tests.support.model_inputs import FEATURES, random_batch, run_config, with_checkpointing, with_features
 
-MAX_LENGTH = 9
+MAX_LENGTH, NUM_SAMPLES = 9, 61
 CPU = torch.device("cpu")
 
 
@@ -52,22 +53,38 @@ def test_lengths_that_cannot_be_read_make_one_chunk():
     assert cut_by_length(torch.ones(1000, device="meta"), 7) == LengthChunks([1000], [7])
 
 
-@pytest.mark.parametrize("model", [{}, {"pffn": "gdpa"}, {"mode": "s2n", "pma_sees_cls": False}])
-def test_a_model_gives_the_same_with_chunks_as_with_padding(monkeypatch, model):
-    """Two sequences of unequal length; samples without any event."""
-    second = {"name": "seen", "max_length": 4, "fields": [{"name": "seen_item", "table": "item"}]}
-    config = run_config(with_features(sequences=[*FEATURES["sequences"], second]), **model)
-    batch, found = random_batch(config.features, 61), []
-    for chunk_samples in (61, 16):
-        monkeypatch.setattr(length_chunks, "CHUNK_SAMPLES", chunk_samples)
-        torch.manual_seed(1)  # of the tables
-        built = build_model(config, table_device=CPU, dense_device=CPU)
-        loss, predictions = built(batch)
+def outputs(config: RunConfig, chunk_samples: int) -> dict[str, torch.Tensor]:
+    """Logits and the gradients of all parameters. Two sequences of unequal length; samples without any event."""
+    torch.manual_seed(1)  # of the tables
+    model = build_model(config, table_device=CPU, dense_device=CPU)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(length_chunks, "CHUNK_SAMPLES", chunk_samples)
+        loss, predictions = model(random_batch(config.features, NUM_SAMPLES))
         loss.backward()
-        found.append((predictions.logits_BT, {n: p.grad for n, p in built.named_parameters()}))
-    (plain, plain_gradients), (cut, gradients) = found
-    torch.testing.assert_close(cut, plain, atol=1e-5, rtol=1e-4)
-    for name, gradient in gradients.items():
-        torch.testing.assert_close(
-            gradient, plain_gradients[name], atol=1e-5, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}"
-        )
+    return {"logits": predictions.logits_BT, **{name: p.grad for name, p in model.named_parameters()}}
+
+
+def chunks_config(**model: object) -> RunConfig:
+    second = {"name": "seen", "max_length": 4, "fields": [{"name": "seen_item", "table": "item"}]}
+    return run_config(with_features(sequences=[*FEATURES["sequences"], second]), **model)
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("model", [{}, {"pffn": "gdpa"}, {"mode": "s2n", "pma_sees_cls": False}], ids=str)
+def test_a_model_gives_the_same_with_chunks_as_with_padding(model, recompute):
+    config = chunks_config(**model)
+    config = with_checkpointing(config) if recompute else config
+    plain, cut = (outputs(config, chunk_samples) for chunk_samples in (NUM_SAMPLES, 16))
+    for name in plain:
+        torch.testing.assert_close(cut[name], plain[name], atol=1e-5, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("model", [{}, {"pffn": "gdpa"}, {"mode": "s2n", "pma_sees_cls": False}], ids=str)
+def test_chunks_in_bf16_differ_by_the_rounding_of_their_sums_only(model, recompute):
+    config = chunks_config(precision="bf16", **model)
+    config = with_checkpointing(config) if recompute else config
+    plain, cut = (outputs(config, chunk_samples) for chunk_samples in (NUM_SAMPLES, 16))
+    assert torch.equal(cut["logits"], plain["logits"])
+    for name in plain:
+        assert (cut[name] - plain[name]).norm() <= 2**-7 * plain[name].norm(), name
