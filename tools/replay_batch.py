@@ -89,8 +89,9 @@ def rebuild(config: RunConfig, weights: Path | None) -> RankingModel:
 
 
 def _plain(config: RunConfig) -> RunConfig:
-    """The same model without what only makes it fast, and may need a GPU or a compiler: neither is there to be looked into."""
-    model, train = config.model, config.train.model_copy(update={"compile": False})
+    """The same model without what only saves time or memory: it may need a GPU or a compiler, or runs layers twice."""
+    off = {"compile": False, "activation_checkpointing": False}
+    model, train = config.model, config.train.model_copy(update=off)
     if model.arch == "interformer":
         model = model.model_copy(update={"pffn_kernel": "torch"})
     return config.model_copy(update={"model": model, "train": train})

@@ -62,6 +62,13 @@ def test_rows_are_those_of_the_batch_where_a_run_sorts_samples_into_chunks(confi
     assert {place.partition(": ")[2] for place in outputs} == {"rows 3"}
 
 
+def test_layers_that_a_run_computes_twice_are_told_once(config):
+    twice = tiny_config(train={"activation_checkpointing": True})
+    batch = random_batch(config.features, 8)
+    batch.dense_BF[3, 1] = math.nan
+    assert not_finite(twice, rebuild(twice, None), batch) == not_finite(config, rebuild(config, None), batch)
+
+
 def test_a_run_with_kernels_of_a_gpu_and_compiled_is_replayed_plainly(tmp_path, capsys):
     config = tiny_config(model={"pffn_kernel": "triton"}, train={"compile": True})
     assert main(keep(tmp_path / "b.pt", random_batch(config.features, 8), config)) == 0

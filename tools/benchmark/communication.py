@@ -91,9 +91,8 @@ def exchanges(config: RunConfig, plan: Plan, num_dense_parameters: int) -> list[
     for name, table in plan.tables.items():
         spec = request.tables[name]
         if table.sharding_type == "data_parallel":
-            replicated[spec.data_type] += (
-                spec.num_embeddings * spec.embedding_dim
-            )  # of whole tables, whatever was looked up
+            # of all rows, whatever was looked up
+            replicated[spec.data_type] += spec.num_embeddings * spec.embedding_dim
             continue
         per_sample = spec.expected_ids_by_feature.values()
         by_row, pooled = table.sharding_type in BY_ROW, spec.collection == "bags"
