@@ -141,8 +141,8 @@ def test_stock_is_launched_as_asked(tmp_path, monkeypatch):
     seconds = train_ranks.SILENCE_SECONDS
     assert dict(zip((v.name for v in found), calls, strict=True)) == {
         "stock TorchRec": (2, 1, True, seconds),
-        "stock TorchRec, num_ranks=1, threads_per_rank=2": (1, 2, True, seconds),
-        "stock TorchRec, num_ranks=1, threads_per_rank=2, allocator=ours": (1, 2, False, seconds),
+        "stock TorchRec, 1 rank of 2 threads": (1, 2, True, seconds),
+        "stock TorchRec, 1 rank of 2 threads, our allocator": (1, 2, False, seconds),
     }
     for change in ("train.precision=bf16", "launch.allocator=mine"):
         with pytest.raises(ConfigError, match=f"takes launch.num_ranks=N.*but not '{change}'"):

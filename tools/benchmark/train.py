@@ -9,7 +9,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from tools.benchmark.train_ranks import SILENCE_SECONDS, SKIPS, RankRun, measure
 
 BASE, STOCK = "base", "stock TorchRec"
 OUR_ALLOCATOR = "launch.allocator=ours"
+LEAST_WIDTH = {"": 10, "over base": 12}  # of words in the columns, where a terminal has 80
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -161,12 +162,16 @@ def stock_variant(args: argparse.Namespace, launch: Sequence[str]) -> Variant:
             f"--stock takes {RANKS_KEY}=N, {THREADS_KEY}=N and {OUR_ALLOCATOR}, but not {strange[0]!r}: nothing else of ours is in TorchRec's "
             "own loop; give changes of all variants before the options"
         )
-    name = ", ".join([STOCK, *(change.removeprefix("launch.") for change in launch)])
-    plain = variant(
-        args, name, [*changes, "train.precision=fp32", "train.tf32=false"], measure=partial(_measure_stock, ours)
-    )
+    changes += ["train.precision=fp32", "train.tf32=false"]
+    plain = variant(args, STOCK, changes, measure=partial(_measure_stock, ours))
     check(plain.config)
-    return plain
+    if not launch:
+        return plain
+    ranks, threads = (
+        f"{plain.ranks} rank{'s' * (plain.ranks > 1)}",
+        f"{plain.threads} thread{'s' * (plain.threads > 1)}",
+    )
+    return replace(plain, name=f"{STOCK}, {ranks} of {threads}{', our allocator' * ours}")
 
 
 def measure_here(variant: Variant, tell: Callable[[str], Any]) -> dict[str, Any]:
@@ -263,9 +268,9 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 # ------------------------------------------------------------ to read
 def show(result: dict[str, Any], console: Console) -> None:
     title = f"{result['config']}, {result['steps']} steps, {result['repeats']} repeats: medians, of ratios least..most; GB: host, a rank"
-    grid = Table(title=title, title_justify="left")
+    grid = Table(title=title, title_justify="left", pad_edge=False)
     for column in ("", "samples/s", "over base", "ms p50 / p90", "MFU", "MBU", "GB"):
-        grid.add_column(column, justify="right" if column else "left", no_wrap=bool(column))
+        grid.add_column(column, justify="right" if column else "left", min_width=LEAST_WIDTH.get(column))
     for name, found in result["variants"].items():
         speed, ratio, runs = found["samples_per_s"], found["over_base"], found["runs"]
         mfu = _median(run["mfu"].get(run["precision"]) for run in runs)
@@ -282,7 +287,7 @@ def show(result: dict[str, Any], console: Console) -> None:
     console.print(grid)
     stages = Table(title="median ms of a step, by stage", title_justify="left")
     for column in ("", *(stage.replace("embedding", "table").replace("_", "\n") for stage in STAGES)):
-        stages.add_column(column, justify="right" if column else "left")
+        stages.add_column(column, justify="right" if column else "left", overflow="fold")
     for name, found in result["variants"].items():
         if found["runs"][0]["stage_ms"]:
             stages.add_row(
