@@ -80,7 +80,7 @@ class Featuriser:
 def job_numbers(job: Job, plans: Plans) -> np.ndarray:
     """The plan numbers of a job. Raises ConfigError, NoPlanError: as `Plans.plan`."""
     plan = plans.plan(job.config, job.cluster)
-    work = plans.dense(job.config, plan.request.local_batch_size)
+    work = plans.dense(job.config, plan.request.local_batch_size, plan.request.cluster.device)
     types = {name: table.sharding_type for name, table in plan.tables.items()}
     return plan_numbers(job.config, job.cluster, types, plan.ranks, work)
 
@@ -91,7 +91,7 @@ def record_features(records: Sequence[Record], plans: Plans) -> FeatureTable:
     for record in records:
         job = record.job
         if record.loads:
-            work = plans.dense(job.config, local_batch_size(job.config, job.cluster))
+            work = plans.dense(job.config, local_batch_size(job.config, job.cluster), job.cluster.device)
             row = plan_numbers(job.config, job.cluster, record.sharding_types, record.loads, work)
         else:
             try:

@@ -8,7 +8,7 @@ from dlrm_scale.cluster import ClusterSpec
 from dlrm_scale.config import RunConfig
 from dlrm_scale.config_io import fingerprint
 from dlrm_scale.errors import NoPlanError
-from dlrm_scale.models.dense_trace import DenseTrace, count_flops, trace_dense
+from dlrm_scale.models.dense_trace import DenseTrace, Device, count_flops, trace_dense
 from dlrm_scale.sharding.plan import Plan, plan_request
 from dlrm_scale.sharding.planner import find_plan
 
@@ -38,9 +38,9 @@ class Plans:
         """How many requests have been planned."""
         return len(self._plans)
 
-    def dense(self, config: RunConfig, local_batch_size: int) -> DenseWork:
+    def dense(self, config: RunConfig, local_batch_size: int, device: Device) -> DenseWork:
         """Raises ConfigError: the features do not suit the arch."""
-        (small, small_flops), (large, large_flops) = (self._traced(config, size) for size in TRACED_BATCHES)
+        (small, small_flops), (large, large_flops) = (self._traced(config, size, device) for size in TRACED_BATCHES)
 
         def at_batch(few: int, many: int) -> int:
             """Work and bytes are affine in the batch: every term is a sample's or a parameter's."""
@@ -53,20 +53,20 @@ class Plans:
             at_batch(small_flops, large_flops),
         )
 
-    def _traced(self, config: RunConfig, batch_size: int) -> tuple[tuple[DenseTrace, ...], int]:
+    def _traced(self, config: RunConfig, batch_size: int, device: Device) -> tuple[tuple[DenseTrace, ...], int]:
         """A trace in each precision, and the FLOPs, in which they do not differ, of both passes."""
-        parts = [config.features.model_dump(mode="json"), config.model.model_dump(mode="json"), batch_size]
+        parts = [config.features.model_dump(mode="json"), config.model.model_dump(mode="json"), batch_size, device]
         parts.append(config.train.activation_checkpointing)
         key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
         if key not in self._traces:
             each = [config.train.model_copy(update={"precision": p}) for p in PRECISIONS]
-            traces = tuple(trace_dense(config.model_copy(update={"train": t}), batch_size) for t in each)
+            traces = tuple(trace_dense(config.model_copy(update={"train": t}), batch_size, device) for t in each)
             self._traces[key] = traces, sum(count_flops(config, batch_size))
         return self._traces[key]
 
     def plan(self, config: RunConfig, cluster: ClusterSpec) -> Plan:
         """Raises NoPlanError: nothing fits. ConfigError: rules that contradict each other, or ranks that cannot share the batch."""
-        work = self.dense(config, local_batch_size(config, cluster))
+        work = self.dense(config, local_batch_size(config, cluster), cluster.device)
         request = plan_request(config, cluster, work.num_parameters, work.activation_bytes)
         key = fingerprint(request)
         if key not in self._plans:

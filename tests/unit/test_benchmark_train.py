@@ -3,6 +3,8 @@
 import argparse
 import json
 import subprocess
+from contextlib import nullcontext
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -11,11 +13,14 @@ import yaml
 from dlrm_scale.config_io import parse_config
 from dlrm_scale.errors import ConfigError
 from dlrm_scale.training.ranks import Rank
+from dlrm_scale.training.readers import TrainReader
 from tests.support.configs import TINY, tiny_config
+from tests.support.model_inputs import random_batch, run_config
 from tools.benchmark import train, train_ranks
-from tools.benchmark.roofline import count_work, embedding_bytes
+from tools.benchmark.roofline import Peaks, as_read, count_work, embedding_bytes
 from tools.benchmark.stock_loop import check
-from tools.benchmark.train import BASE, summary, variants_of
+from tools.benchmark.train import BASE, figures, summary, variants_of
+from tools.benchmark.train_ranks import CountingReader, RankRun
 
 PLAIN = {
     "features": {
@@ -52,6 +57,39 @@ def test_padding_is_no_work():
         ).dense_flops
 
     assert flops(max_length=40, pooling_factor=4.2) == flops(max_length=4) < flops(max_length=40)
+
+
+def test_ids_are_counted_as_batches_are_read(monkeypatch):
+    given = [random_batch(run_config().features, 16, seed) for seed in (1, 2)]
+    monkeypatch.setattr(TrainReader, "batches", lambda reader, consumed: nullcontext(iter(given)))
+    reader = object.__new__(CountingReader)
+    with reader.batches() as read:
+        assert list(map(id, read)) == list(map(id, given))
+    ids = {key: 0 for ids in (given[0].bags, given[0].sequences) for key in ids.keys()}
+    for batch in given:
+        for jagged in (batch.bags, batch.sequences):
+            for key in jagged.keys():
+                ids[key] += int(jagged[key].lengths().sum()) / 32
+    assert reader.ids_per_sample == ids
+
+
+def test_work_is_of_the_ids_that_were_read(tmp_path):
+    """What the configuration expects of the data need not be so."""
+    base = variants_of(arguments(tmp_path))[0]
+    names = {"tags": 4.0, "user": 0.0, "history_item": 2.0, "history_category": 2.0}
+    ranks = [
+        RankRun(100.0, [1.0], {}, {}, Peaks({"fp32": 1e9}, 1e9), {name: ids + more for name, ids in names.items()})
+        for more in (0.0, 1.0)
+    ]
+    found = figures(base, ranks)
+    assert found["ids_per_sample"] == {name: ids + 0.5 for name, ids in names.items()}
+    tree = base.config.model_dump(mode="json")
+    tree["features"]["sequences"][0]["pooling_factor"] = 2.5
+    for feature in tree["features"]["categorical"]:
+        feature["pooling_factor"] = {"tags": 4.5, "user": 0.5}.get(feature["name"], 1.0)
+    assert found["work"] == asdict(count_work(parse_config(tree, "tests"), 2)) != asdict(count_work(base.config, 2))
+    assert found["mfu"]["fp32"] == pytest.approx(100.0 / 64 * found["work"]["dense_flops"] / 1e9)
+    assert as_read(base.config, {}) == base.config and as_read(base.config, {"history_item": 0.0}) != base.config
 
 
 def test_bytes_of_sequences_and_bags_grow_with_their_ids():

@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from dlrm_scale.models import kernels, layers
 from dlrm_scale.models.dense_trace import KeptStorages, count_flops, input_tensors, lookups, norm_of_cuda, trace_dense
 from dlrm_scale.models.kernels import choose_kernels
+from dlrm_scale.models.length_chunks import CHUNK_SAMPLES
 from dlrm_scale.models.ranking_model import DensePart, build_arch
 from tests.support.model_inputs import FEATURES, run_config, with_features
 
@@ -32,9 +33,20 @@ def test_trace_is_that_of_a_real_run(arch, precision):
     config = run_config(arch=arch, precision=precision)
     trace = trace_dense(config, BATCH)
     assert trace.num_parameters == sum(p.numel() for p in build_arch(config).parameters()) > 0
-    # fake layer norms in bf16 keep mean and deviation in bf16, real ones in fp32
-    rounded = 2e-3 if precision == "bf16" and arch == "interformer" else 0
-    assert trace.activation_bytes == pytest.approx(really_kept(config, BATCH), rel=rounded)
+    assert trace.activation_bytes == really_kept(config, BATCH)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_trace_holds_for_several_chunks(precision):
+    """But for what puts samples in order, and weights that more than one chunk casts."""
+    config, batch_size = run_config(precision=precision), 4 * CHUNK_SAMPLES
+    assert trace_dense(config, batch_size).activation_bytes == pytest.approx(really_kept(config, batch_size), rel=1e-2)
+
+
+def test_weights_cast_to_bf16_are_kept():
+    config = run_config(arch="dlrm", precision="bf16", top_hidden=[1024, 512])
+    weights = sum(p.numel() for p in build_arch(config).parameters() if p.dim() == 2)
+    assert trace_dense(config, 1).activation_bytes == pytest.approx(2 * weights, rel=0.02)
 
 
 @pytest.mark.parametrize("mode", ["int", "s2n", "n2s", "sep", "sole"])

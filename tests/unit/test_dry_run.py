@@ -25,7 +25,7 @@ def wrong(done: DryRun) -> dict[str, tuple[str, str]]:
 
 def request_of(config: RunConfig, device: str = "cpu") -> PlanRequest:
     on = cluster(device, 4, 2)
-    trace = trace_dense(config, config.train.global_batch_size // 4)
+    trace = trace_dense(config, config.train.global_batch_size // 4, on.device)
     return plan_request(config, on, trace.num_parameters, trace.activation_bytes)
 
 

@@ -28,7 +28,7 @@ def plans():
 def test_the_dense_arch_is_traced_for_any_batch(plans):
     """From two small traces."""
     config = parse_config({**tiny_tree(), "model": DCN}, "tests")
-    traced, work = trace_dense(config, 200), plans.dense(config, 200)
+    traced, work = trace_dense(config, 200), plans.dense(config, 200, "cpu")
     assert work.num_parameters == traced.num_parameters
     assert work.flops == sum(count_flops(config, 200))
     in_bf16 = trace_dense(
@@ -47,7 +47,7 @@ def test_the_analytic_step_is_the_sum_of_its_parts(plans):
             update={"train": job.config.train.model_copy(update={"accumulate_steps": accumulate})}
         )
         plan = plans.plan(config, job.cluster)
-        work = plans.dense(config, 64 // accumulate)
+        work = plans.dense(config, 64 // accumulate, "cpu")
         types = {name: table.sharding_type for name, table in plan.tables.items()}
         ms = analytic_step_ms(config, job.cluster, types, plan.ranks, work, threads)
         dense_ms = work.flops / FLOPS_PER_S["cpu", "fp32"] / threads * 1e3

@@ -33,7 +33,7 @@ def spaces() -> dict[str, Space]:
 def simulated(space: Space, **changes) -> Simulated:
     job = space.job(space.point({**BASE, **changes}))
     plan = PLANS.plan(job.config, job.cluster)
-    return simulate(job, plan, PLANS.dense(job.config, plan.request.local_batch_size))
+    return simulate(job, plan, PLANS.dense(job.config, plan.request.local_batch_size, "cpu"))
 
 
 def test_a_batch_16_times_as_large_takes_less_than_16_times_as_long(spaces):

@@ -94,6 +94,17 @@ def count_work(config: RunConfig, num_ranks: int) -> Work:
     return Work(sum(count_flops(_without_padding(config), local)) * num_ranks * micro_batches, embedding_bytes(config))
 
 
+def as_read(config: RunConfig, ids_per_sample: Mapping[str, float]) -> RunConfig:
+    """Expecting as many ids of each feature as its batches had on average; empty: `config` as it is."""
+    tree = config.model_dump()
+    counted = [(f["name"], f) for f in tree["features"]["categorical"]]
+    counted += [(s["fields"][0]["name"], s) for s in tree["features"]["sequences"]]
+    for name, feature in counted:
+        if name in ids_per_sample:
+            feature["pooling_factor"] = max(ids_per_sample[name], 1e-6)  # a configuration expects more than none
+    return RunConfig.model_validate(tree)
+
+
 def _without_padding(config: RunConfig) -> RunConfig:
     tree = config.model_dump()
     for sequence, of_tree in zip(config.features.sequences, tree["features"]["sequences"], strict=True):

@@ -9,8 +9,8 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property, partial
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from dlrm_scale.tuning.knobs import RANKS_KEY, THREADS_KEY
 from dlrm_scale.tuning.trial import short
 from tools.benchmark.cluster import positive
 from tools.benchmark.ranks import run_on_ranks
-from tools.benchmark.roofline import Work, count_work, precision_of
+from tools.benchmark.roofline import Work, as_read, count_work, precision_of
 from tools.benchmark.stock_loop import check, measure_stock
 from tools.benchmark.train_ranks import SILENCE_SECONDS, SKIPS, RankRun, measure_training, trace_training
 
@@ -77,11 +77,14 @@ class Variant:
     threads: int
     measure: Callable[["Variant", Callable[[str], Any]], dict[str, Any]]
     skip: str = ""
+    counted: dict[tuple, Work] = field(default_factory=dict)
 
-    @cached_property
-    def work(self) -> Work:
-        """The same in every repeat, and seconds to count."""
-        return count_work(self.config, self.ranks)
+    def work(self, ids_per_sample: dict[str, float]) -> Work:
+        """Seconds to count, and the same in every repeat that reads the same."""
+        key = tuple(ids_per_sample.items())
+        if key not in self.counted:
+            self.counted[key] = count_work(as_read(self.config, ids_per_sample), self.ranks)
+        return self.counted[key]
 
 
 def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
@@ -234,7 +237,10 @@ def _git(*words: str) -> None:
 def figures(variant: Variant, ranks: Sequence[RankRun]) -> dict[str, Any]:
     """Of one run. mfu and mbu: counted FLOPs and embedding bytes a second, over what the ranks measured right after it."""
     first, config = ranks[0], variant.config
-    work = variant.work
+    ids_per_sample = {
+        name: statistics.mean(rank.ids_per_sample[name] for rank in ranks) for name in first.ids_per_sample
+    }
+    work = variant.work(ids_per_sample)
     steps_per_s = first.samples_per_s / config.train.global_batch_size
     p10, p50, p90 = np.percentile(first.step_ms, (10, 50, 90)).tolist()
     counts_flops = variant.skip != "dense"
@@ -243,6 +249,7 @@ def figures(variant: Variant, ranks: Sequence[RankRun]) -> dict[str, Any]:
         "step_ms": {"p10": p10, "p50": p50, "p90": p90},
         "stage_ms": first.stage_ms,
         "peak_memory": [rank.peak_memory for rank in ranks],
+        "ids_per_sample": ids_per_sample,
         "work": asdict(work),
         "peaks": asdict(first.peaks),
         "mfu": {

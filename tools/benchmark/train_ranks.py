@@ -1,9 +1,10 @@
 """What a rank of `train` and of `replay_table` does: trains as the trainer does, with nothing written, saved or evaluated."""
 
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from itertools import cycle, islice
 from typing import Any
 
@@ -35,7 +36,29 @@ ROWS_OF_TRACE = 15
 SILENCE_SECONDS = 900.0  # a rank says nothing while it fills tables, and while an arch is compiled for the first time
 
 
-class InMemory(TrainReader):
+class CountingReader(TrainReader):
+    """Counts the ids of each feature in the batches that it gives."""
+
+    @contextmanager
+    def batches(self, samples_consumed: int = 0) -> Iterator[Iterator[RecBatch]]:
+        self.num_samples, self.num_ids = 0, Counter[str]()
+        with super().batches(samples_consumed) as read:
+            yield map(self._counted, read)
+
+    def _counted(self, batch: RecBatch) -> RecBatch:
+        self.num_samples += batch.local_batch_size
+        for ids in (batch.bags, batch.sequences):
+            if ids is not None:
+                by_key = ids.lengths().view(len(ids.keys()), -1).sum(1).tolist()
+                self.num_ids.update(dict(zip(ids.keys(), by_key, strict=True)))
+        return batch
+
+    @property
+    def ids_per_sample(self) -> dict[str, float]:
+        return {name: ids / self.num_samples for name, ids in self.num_ids.items()}
+
+
+class InMemory(CountingReader):
     """The first batches over and over: what is left of a step when no data has to be read."""
 
     def batches(self, samples_consumed: int = 0) -> AbstractContextManager[Iterator[RecBatch]]:
@@ -61,11 +84,18 @@ class NoArch(nn.Module):
         return mean_B1 * self.scale_T
 
 
-def train(config: RunConfig, plan: Plan, rank: Rank, skip: str = "") -> TrainResult:
+def reader_of(config: RunConfig, rank: Rank, skip: str = "") -> CountingReader:
+    """Collective."""
+    reader_type = InMemory if skip == "data" else CountingReader
+    return reader_type(config, rank, open_source(config.data, config.features, "train", config.seed))
+
+
+def train(
+    config: RunConfig, plan: Plan, rank: Rank, skip: str = "", reader: CountingReader | None = None
+) -> TrainResult:
     """The trainer's own loop and readers, without `skip`. Collective."""
     seed_generators(config.seed, rank, 0)
-    reader_type = InMemory if skip == "data" else TrainReader
-    reader = reader_type(config, rank, open_source(config.data, config.features, "train", config.seed))
+    reader = reader or reader_of(config, rank, skip)
     model = _without_arch(config, rank) if skip == "dense" else build_model(config, dense_device=rank.device)
     sharded = shard_model(model, plan, config, rank.device)
     return Trainer(config, rank, sharded, reader, None, Board(None), Progress(None, reader.num_steps)).train()
@@ -86,6 +116,7 @@ class RankRun:
     stage_ms: dict[str, float]  # medians
     peak_memory: dict[str, int]
     peaks: Peaks
+    ids_per_sample: dict[str, float] = field(default_factory=dict)  # of each feature; empty: not counted
 
 
 def measure_training(tell: Callable[[str], Any], config: RunConfig, threads: int, skip: str) -> RankRun:
@@ -94,12 +125,14 @@ def measure_training(tell: Callable[[str], Any], config: RunConfig, threads: int
     rank = this_rank(config.device)
     with process_group(rank):
         tell("training")
-        result = train(config, plan_of(config, rank), rank, skip)
+        plan, reader = plan_of(config, rank), reader_of(config, rank, skip)
+        result = train(config, plan, rank, skip, reader)
         stage_ms = {stage: statistics.median(ms[stage] for ms in result.step_ms) for stage in STAGES}
         memory = peak_memory_bytes(rank.device)  # before the measurement of the machine takes its own
         tell("measuring the machine")
         step_ms = [ms["step"] for ms in result.step_ms]
-        return RankRun(result.samples_per_second or 0.0, step_ms, stage_ms, memory, measure_peaks(rank.device))
+        peaks = measure_peaks(rank.device)
+        return RankRun(result.samples_per_second or 0.0, step_ms, stage_ms, memory, peaks, reader.ids_per_sample)
 
 
 def plan_of(config: RunConfig, rank: Rank) -> Plan:

@@ -122,7 +122,9 @@ def simulate_points(name: str, featuriser: Featuriser, points: Sequence[Point]) 
     for i in kept:
         job = featuriser.space.job(points[i])
         plan = featuriser.plans.plan(job.config, job.cluster)
-        found = simulate(job, plan, featuriser.plans.dense(job.config, plan.request.local_batch_size))
+        found = simulate(
+            job, plan, featuriser.plans.dense(job.config, plan.request.local_batch_size, plan.request.cluster.device)
+        )
         fits.append(found.needed <= 1)
         step_ms.append(found.step_ms if found.needed <= 1 else np.nan)
     table = candidates.table.take(np.array(kept))

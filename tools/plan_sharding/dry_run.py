@@ -360,7 +360,7 @@ def _few(values: list[Any]) -> str:
 
 
 def _dense_rows(request: PlanRequest, config: RunConfig) -> Iterator[Check]:
-    trace = trace_dense(config, request.local_batch_size)
+    trace = trace_dense(config, request.local_batch_size, request.cluster.device)
     there, predicted = trace.num_parameters, request.num_dense_parameters
     yield Check("dense arch: parameters", f"{predicted:,}", f"{there:,}", predicted == there)
     if request.dense_activation_bytes:

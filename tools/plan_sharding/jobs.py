@@ -43,7 +43,8 @@ def config_job(config: RunConfig, cluster: ClusterSpec) -> Job:
     _check_no_plan(config.sharding)
     with loading_libraries():
         from dlrm_scale.models.dense_trace import trace_dense
-    trace = trace_dense(config, config.train.global_batch_size // config.train.accumulate_steps // cluster.num_ranks)
+    local_batch_size = config.train.global_batch_size // config.train.accumulate_steps // cluster.num_ranks
+    trace = trace_dense(config, local_batch_size, cluster.device)
 
     def resize(to: ClusterSpec, local_batch_size: int) -> Job:
         tree = config.model_dump(mode="json")
