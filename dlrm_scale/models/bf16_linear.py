@@ -36,7 +36,7 @@ class Bf16Linear(torch.autograd.Function):
 
 
 def weight_gradient(grad_MO: Tensor, x_MI: Tensor) -> Tensor:
-    """grad^T x in fp32: (O, I)."""
+    """grad^T x: (O, I), summed in fp32, rounded to bf16 by the product, and handed on as fp32, in which several uses add up."""
     outputs, inputs = grad_MO.shape[1], x_MI.shape[1]
     if min(outputs, inputs) < LEAST_TRANSPOSED:
         return (grad_MO.t() @ x_MI).float()

@@ -19,7 +19,7 @@ from tests.support.model_inputs import random_batch, run_config
 from tools.benchmark import train, train_ranks
 from tools.benchmark.roofline import Peaks, as_read, count_work, embedding_bytes
 from tools.benchmark.stock_loop import check
-from tools.benchmark.train import BASE, figures, summary, variants_of
+from tools.benchmark.train import BASE, figures, other_commit, summary, variants_of
 from tools.benchmark.train_ranks import CountingReader, RankRun
 
 PLAIN = {
@@ -220,3 +220,11 @@ def test_ratios_are_of_the_runs_of_one_repeat():
     found = summary(twice, base)
     assert found["over_base"] == {"median": 2.0, "least": 2.0, "most": 2.2}
     assert found["samples_per_s"] == {"median": 200.0, "least": 100.0, "most": 220.0}
+
+
+def test_a_commit_that_is_none_is_told_before_anything_is_measured(tmp_path):
+    with (
+        pytest.raises(ConfigError, match=r"no such commit; git log"),
+        other_commit(arguments(tmp_path, commit="nonsense")),
+    ):
+        pass

@@ -64,7 +64,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--steps", type=positive, default=40, metavar="N", help="a quarter of them warm-up (default 40)"
     )
     parser.add_argument("--repeats", type=positive, default=5, metavar="N", help="(default 5)")
-    parser.add_argument("--trace", metavar="DIR", help="profile the base once, for TensorBoard or chrome://tracing")
+    parser.add_argument(
+        "--trace", metavar="DIR", help="profile the base once, for ui.perfetto.dev or TensorBoard's profiler plugin"
+    )
 
 
 @dataclass(frozen=True)
@@ -205,6 +207,10 @@ def other_commit(args: argparse.Namespace) -> Iterator[Variant | None]:
     if args.commit is None:
         yield None
         return
+    if subprocess.run(
+        ["git", "rev-parse", "--verify", "--quiet", f"{args.commit}^{{commit}}"], capture_output=True, check=False
+    ).returncode:
+        raise ConfigError(f"--commit {args.commit}: this repository has no such commit; git log --oneline lists them")
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder) / "tree"
         _git("worktree", "add", "--detach", str(tree), args.commit)
@@ -307,7 +313,9 @@ def show(result: dict[str, Any], console: Console) -> None:
     if result["costliest"]:
         console.print(result["costliest"])
     next_step = (
-        f"tensorboard --logdir {result['trace']}" if result["trace"] else "add --skip data dense, or --trace DIR"
+        f"open {result['trace']}/*.json in https://ui.perfetto.dev"
+        if result["trace"]
+        else "add --skip data dense, or --trace DIR"
     )
     console.print(f"next: {next_step}")
 

@@ -80,7 +80,7 @@ class NoArch(nn.Module):
         if pooled is not None:
             mean_B1 = mean_B1 + pooled.values().mean(1, keepdim=True)
         for jagged in (embedded or {}).values():
-            mean_B1 = mean_B1 + jagged.values().mean()
+            mean_B1 = mean_B1 + jagged.values().sum() / max(1, jagged.values().numel())
         return mean_B1 * self.scale_T
 
 
