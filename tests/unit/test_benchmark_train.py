@@ -201,7 +201,7 @@ def test_another_commit_trains_the_base_with_its_own_code_and_leaves_no_worktree
         with pytest.raises(ConfigError, match="does not run at v1: no such key"):
             variant.measure(variant, lambda told: None)
         answers["returncode"] = 0
-    (added, _), (trained, path), _, (removed, _) = ran
+    _, (added, _), (trained, path), _, (removed, _) = ran
     assert added == ["git", "worktree", "add", "--detach", path, "v1"] and removed[-1] == path
     assert removed[:4] == ["git", "worktree", "remove", "--force"]
     assert "train.global_batch_size=128" in trained and trained[trained.index("--steps") + 1] == "8"
