@@ -1,8 +1,8 @@
 """A linear layer in bf16 on a CPU, in the layouts that its matrix units multiply fast.
 
-Autocast's own does the same products, with two differences. oneDNN multiplies a transposed left matrix at half speed (500 of
-1,100 GFLOP/s on one core, docs/results/speed.md), and the weight's gradient, g^T x, is such a product: here the narrower of the
-two is transposed by a copy first where that pays. And the gradients of a weight that is used several times add up in fp32.
+Autocast's own does the same products, with two differences. oneDNN multiplies a transposed left matrix at half speed where the
+core has AMX ("Products in bf16" in docs/results/speed.md), and the weight's gradient, g^T x, is such a product: here the narrower
+of the two is transposed by a copy first where that pays. And the gradients of a weight that is used several times add up in fp32.
 """
 
 # M rows: samples, or tokens  I input features  O output features
