@@ -41,27 +41,32 @@ def test_without_a_compiler_it_trains_all_the_same_and_says_why(tmp_path, own_ca
 
 
 @pytest.mark.timeout(500)
-def test_compiled_chunks_in_bf16_equal_the_plain_ones(own_cache):
+def test_compiled_chunks_in_bf16_are_as_near_to_fp32_as_the_plain_ones():
     """As trained on a CPU: several chunks a batch, whose lengths change from batch to batch, and the kernel of attention."""
+    (config, model), (_, exact) = _model("bf16"), _model("fp32")
+    batches = [random_batch(config.features, 520 + 7 * seed, seed) for seed in range(2)]
+    plain = [_gradients(model, batch) for batch in batches]
+    compile_arch(model.dense.arch, on_cpu=True)
+    for batch, by_eager in zip(batches, plain, strict=True):
+        by_compiled, expected = _gradients(model, batch), _gradients(exact, batch)
+        error = (by_eager - expected).norm()
+        assert 0 < error < 0.05 * expected.norm()
+        assert (by_compiled - expected).norm() < 1.5 * error
+
+
+def _model(precision):
     history = FEATURES["sequences"][0] | {"max_length": 40}
-    config = run_config(with_features(sequences=[history]), precision="bf16")
+    config = run_config(with_features(sequences=[history]), precision=precision, num_layers=1)
     model = build_model(config, table_device=torch.device("cpu"), dense_device=torch.device("cpu"))
     torch.manual_seed(0)
     for table in model.embeddings.parameters():
         torch.nn.init.normal_(table)
-    batches = [random_batch(config.features, 520 + 7 * seed, seed) for seed in range(2)]
-    plain = [_results(model, batch) for batch in batches]
-    compile_arch(model.dense.arch, on_cpu=True)
-    for batch, (loss, gradients) in zip(batches, plain, strict=True):
-        compiled_loss, compiled_gradients = _results(model, batch)
-        assert compiled_loss == pytest.approx(loss, rel=2e-3)
-        for name, gradient in gradients.items():
-            difference = (compiled_gradients[name] - gradient).norm()
-            assert difference <= 0.03 * gradient.norm() + 1e-6, name  # some roundings to bf16 that fusing leaves out
+    return config, model
 
 
-def _results(model, batch):
+def _gradients(model, batch):
+    """All of them, one behind the other."""
     model.zero_grad(set_to_none=True)
     loss, _ = model(batch)
     loss.backward()
-    return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
