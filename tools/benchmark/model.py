@@ -218,9 +218,8 @@ def _measured(
         cases[cell.name, "step"] = Case(each.step, finish=finish_of(device))
     cases |= {("machine", name): case for name, case in peak_cases(device).items()}
     times = time_interleaved(cases, seconds)
-    machine = {
-        name: min(s) for (of, name), s in times.items() if of == "machine"
-    }  # the peak: the best round, as in `train`
+    # as in `train`, peaks are of the best round
+    machine = {name: min(s) for (of, name), s in times.items() if of == "machine"}
     peaks = peaks_of(machine, device, num_ranks=1)
     rows = []
     for cell, each in zip(cells, built, strict=True):
