@@ -72,7 +72,7 @@ def fake_dense(config: RunConfig, local_batch_size: int, device: Device = "cpu")
         with NoFirstValues():
             dense = DensePart(build_arch(config), config.train.precision)
         if device == "cpu":
-            choose_kernels(dense.arch, config, torch.device("cpu"))
+            choose_kernels(dense.arch, config, torch.device("cpu"), to_run=False)
         else:
             for norm in (module for module in dense.modules() if isinstance(module, nn.RMSNorm)):
                 norm.forward = partial(norm_of_cuda, norm)

@@ -15,8 +15,12 @@ from dlrm_scale.models.pffn import TwoLayerPFFN
 OLDEST_GPU = (8, 0)  # compute capability: FBGEMM 1.8.0 has no code for older ones
 
 
-def choose_kernels(arch: nn.Module, config: RunConfig, device: torch.device) -> None:
-    """Gives the arch's modules the kernels that suit `device`. Raises ConfigError: it cannot run one that `config` asks for."""
+def choose_kernels(arch: nn.Module, config: RunConfig, device: torch.device, *, to_run: bool = True) -> None:
+    """Gives the arch's modules the kernels that suit `device`, compiled; without `to_run`, for fake tensors, they need not be.
+
+    Raises:
+        ConfigError: the device cannot run one that `config` asks for.
+    """
     if fuses_pffn(config, device):
         from dlrm_scale.models.pffn_triton import fused_pffn
 
@@ -24,7 +28,8 @@ def choose_kernels(arch: nn.Module, config: RunConfig, device: torch.device) -> 
             if isinstance(module, TwoLayerPFFN):
                 module.fused = fused_pffn
     of_attention = [module for module in arch.modules() if isinstance(module, SelfAttention)]
-    if of_attention and device.type == "cpu" and config.train.precision == "bf16" and _compiles_attention():
+    in_bf16_on_cpu = device.type == "cpu" and config.train.precision == "bf16"
+    if of_attention and in_bf16_on_cpu and (not to_run or _compiles_attention()):
         for module in of_attention:
             module.attend = rotary_attention
 

@@ -1,8 +1,11 @@
+import warnings
+
 import pytest
 import torch
 
 from dlrm_scale.models.attention import AttentionPooling, SelfAttention, plain_attention, rotary_table, rotate
 from dlrm_scale.models.cpu_attention import NoCompilerError, load_library, rotary_attention
+from dlrm_scale.models.dense_trace import trace_dense
 from dlrm_scale.models.ranking_model import build_model
 from tests.support.model_inputs import run_config
 
@@ -151,6 +154,14 @@ def test_without_a_compiler_it_says_so_and_runs_pytorch_s(monkeypatch, fresh_lib
     with pytest.warns(UserWarning, match=r"PyTorch's kernel.*g\+\+"):
         model = build_model(config, table_device=torch.device("meta"), dense_device=torch.device("cpu"))
     assert all(layer.attention.attend is plain_attention for layer in model.dense.arch.sequences)
+
+
+def test_planning_compiles_nothing_and_says_nothing(monkeypatch, fresh_library):
+    monkeypatch.setenv("CXX", "no_such_compiler")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trace_dense(run_config(precision="bf16"), B)
+    assert load_library.cache_info().misses == 0
 
 
 def test_bf16_on_a_cpu_takes_the_kernel():
