@@ -11,7 +11,7 @@ from dlrm_scale.sharding.planner import find_plan
 from tests.support.configs import TINY, tiny_config
 from tools.benchmark import communication
 from tools.benchmark.communication import exchanges
-from tools.benchmark.train_ranks import SILENCE_SECONDS
+from tools.benchmark.train_ranks import TRAIN_SILENCE_SECONDS
 
 TYPES = {"user": "row_wise", "tag": "column_wise", "item": "row_wise", "category": "table_wise"}
 
@@ -59,4 +59,4 @@ def test_a_step_makes_the_exchanges_of_all_its_micro_batches(tmp_path, monkeypat
     args = argparse.Namespace(config=str(tmp_path / "config.yaml"), changes=changes, nproc=2, seconds=1)
     result = communication.run(args, Console(stderr=True))
     assert (result["micro_batches"], result["alone_ms"], result["share"]) == (4, 20.0, 0.2)
-    assert asked["silence"] == SILENCE_SECONDS
+    assert asked["silence"] == TRAIN_SILENCE_SECONDS

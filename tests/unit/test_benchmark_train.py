@@ -176,7 +176,7 @@ def test_stock_is_launched_as_asked(tmp_path, monkeypatch):
     for variant in found:
         with pytest.raises(InterruptedError):
             variant.measure(variant, print)
-    seconds = train_ranks.SILENCE_SECONDS
+    seconds = train_ranks.TRAIN_SILENCE_SECONDS
     assert dict(zip((v.name for v in found), calls, strict=True)) == {
         "stock TorchRec": (2, 1, True, seconds),
         "stock TorchRec, 1 rank of 2 threads": (1, 2, True, seconds),

@@ -25,7 +25,7 @@ from tools.benchmark.bandwidth import ID_BYTES, finish_of
 from tools.benchmark.cluster import positive
 from tools.benchmark.ranks import run_on_ranks
 from tools.benchmark.timing import Case, time_interleaved
-from tools.benchmark.train_ranks import SILENCE_SECONDS, plan_of, train
+from tools.benchmark.train_ranks import TRAIN_SILENCE_SECONDS, plan_of, train
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 STEPS = 16  # of the training run whose step the exchanges are a share of
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     arguments, num_ranks = (config, args.seconds), args.nproc
     with console.status("starting") as status:
         found, step_ms = run_on_ranks(
-            measure, arguments, num_ranks, num_ranks, status.update, silence_seconds=SILENCE_SECONDS
+            measure, arguments, num_ranks, num_ranks, status.update, silence_seconds=TRAIN_SILENCE_SECONDS
         )[0]
     rows = [{**asdict(m.exchange), "num_bytes": m.num_bytes, "ms": m.ms} for m in found]
     micro_batches = config.train.accumulate_steps  # each makes all of them, the all-reduces too

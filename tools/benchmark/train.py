@@ -29,7 +29,7 @@ from tools.benchmark.cluster import positive
 from tools.benchmark.ranks import run_on_ranks
 from tools.benchmark.roofline import Work, as_read, count_work, precision_of
 from tools.benchmark.stock_loop import check, measure_stock
-from tools.benchmark.train_ranks import SILENCE_SECONDS, SKIPS, RankRun, measure_training, trace_training
+from tools.benchmark.train_ranks import SKIPS, TRAIN_SILENCE_SECONDS, RankRun, measure_training, trace_training
 
 BASE, STOCK = "base", "stock TorchRec"
 OUR_ALLOCATOR = "launch.allocator=ours"
@@ -107,7 +107,9 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
             status.update("tracing")
             base = variants[0]
             arguments = (base.config, base.threads, args.trace)
-            table = run_on_ranks(trace_training, arguments, base.ranks, base.ranks, silence_seconds=SILENCE_SECONDS)[0]
+            table = run_on_ranks(
+                trace_training, arguments, base.ranks, base.ranks, silence_seconds=TRAIN_SILENCE_SECONDS
+            )[0]
     return {
         "config": args.config,
         "changes": args.changes,
@@ -182,7 +184,7 @@ def stock_variant(args: argparse.Namespace, launch: Sequence[str]) -> Variant:
 def measure_here(variant: Variant, tell: Callable[[str], Any]) -> dict[str, Any]:
     arguments = (variant.config, variant.threads, variant.skip)
     ranks = run_on_ranks(
-        measure_training, arguments, variant.ranks, variant.ranks, tell, silence_seconds=SILENCE_SECONDS
+        measure_training, arguments, variant.ranks, variant.ranks, tell, silence_seconds=TRAIN_SILENCE_SECONDS
     )
     return figures(variant, ranks)
 
@@ -196,7 +198,7 @@ def _measure_stock(our_allocator: bool, variant: Variant, tell: Callable[[str], 
         variant.ranks,
         tell,
         plain_allocator=not our_allocator,
-        silence_seconds=SILENCE_SECONDS,
+        silence_seconds=TRAIN_SILENCE_SECONDS,
     )
     return figures(variant, ranks)
 

@@ -33,7 +33,7 @@ from tools.benchmark.roofline import Peaks, measure_peaks
 SKIPS = ("data", "dense")
 KEPT_BATCHES = 8  # of each rank, where data is skipped
 ROWS_OF_TRACE = 15
-SILENCE_SECONDS = 900.0  # a rank says nothing while it fills tables, and while an arch is compiled for the first time
+TRAIN_SILENCE_SECONDS = 900.0  # it says nothing while it fills tables, and while an arch is first compiled
 
 
 class CountingReader(TrainReader):
