@@ -14,6 +14,7 @@ from tests.support.model_inputs import FEATURES, run_config, with_checkpointing
 from tools.benchmark.dense_work import GPU_CLASSES, DenseWork, count_dense, limits_ms
 from tools.benchmark.model import BASE, add_arguments, cells_of, run, show
 from tools.benchmark.roofline import Peaks
+from tools.commands import PLAIN
 
 BATCH = 48
 LOGISTIC = {
@@ -111,7 +112,7 @@ def test_more_events_ask_more_of_everything():
 
 
 def test_expected_and_measured_results_are_shown(arguments, capsys):
-    console = Console(width=200)
+    console = Console(**PLAIN)
     expected = run(arguments("--axis", "batch", "64", "--expected", "H100", "H200"), console)
     assert [row["gpu"] for row in expected["rows"]] == ["H100", "H200"]
     slow, fast = (row["limits_ms"] for row in expected["rows"])

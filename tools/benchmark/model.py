@@ -29,11 +29,13 @@ from tools.benchmark.dense_work import GPU_CLASSES, DenseWork, count_dense, limi
 from tools.benchmark.growth import AXES as GROWTH
 from tools.benchmark.growth import Tree, parse_axes
 from tools.benchmark.roofline import peak_cases, peaks_of, precision_of
+from tools.benchmark.tables import in_digits, table_of
 from tools.benchmark.timing import Case, spread, time_interleaved
 from tools.benchmark.train import refuse_equal_names
 
 BASE = "base"
 PROFILED_STEPS, ROWS_OF_PROFILE = 5, 20
+LIMITS = ("matrix", "kept", "op\nby op")  # as dense_work.limits_ms gives them
 
 
 def _dim(tree: Tree, size: int) -> None:
@@ -250,16 +252,22 @@ def show(result: dict[str, Any], console: Console) -> None:
     if result["device"] is None:
         _show_expected(result, console)
         return
-    times = _grid(
-        result, f"on {result['device']}: ms p50 (p10..p90)", "forward", "forward + backward", "over base", "MFU"
-    )
-    limits = _grid(result, "what a step cannot go below, in ms", "matrix", "kept", "op by op", "GB kept", "GB peak")
+    about = f"on {result['device']}: ms p50, of a step p10..p90 too"
+    times = _grid(result, about, "forward", "step", "p10..p90", "over\nbase", "MFU")
+    limits = _grid(result, "what a step cannot go below, in ms", *LIMITS, "GB\nkept", "GB\npeak")
     for row in result["rows"]:
-        peak, mfu, ratio = row["peak_bytes"], row["mfu"], row["step_over_base"]["median"]
-        over, used = "" if row["variant"] == BASE else f"{ratio:.2f}", "-" if mfu is None else f"{mfu:.1%}"
-        times.add_row(*_what(row), _spread(row["forward_ms"]), _spread(row["step_ms"]), over, used)
-        kept = f"{row['work']['activation_bytes'] / 1e9:.2f}"
-        limits.add_row(*_what(row), *_limits(row), kept, "-" if peak is None else f"{peak / 1e9:.2f}")
+        peak, mfu, step = row["peak_bytes"], row["mfu"], row["step_ms"]
+        over = "" if row["variant"] == BASE else f"{row['step_over_base']['median']:.2f}"
+        times.add_row(
+            *_what(row),
+            in_digits(row["forward_ms"]["median"]),
+            in_digits(step["median"]),
+            f"{in_digits(step['p10'])}..{in_digits(step['p90'])}",
+            over,
+            "-" if mfu is None else f"{mfu:.1%}",
+        )
+        kept = in_digits(row["work"]["activation_bytes"] / 1e9)
+        limits.add_row(*_what(row), *_limits(row), kept, "-" if peak is None else in_digits(peak / 1e9))
     console.print(times)
     console.print(limits)
     peaks = result["rows"][-1]["peaks"]
@@ -274,29 +282,22 @@ def show(result: dict[str, Any], console: Console) -> None:
 
 def _show_expected(result: dict[str, Any], console: Console) -> None:
     about = "ms of a step by data sheets' peaks; nothing of it is measured"
-    grid = _grid(result, about, "GPU", "TFLOP", "GB kept", "matrix", "kept", "op by op")
+    grid = _grid(result, about, "GPU", "TFLOP", "GB\nkept", *LIMITS)
     for row in result["rows"]:
         work = row["work"]
-        flops = (work["forward_flops"] + work["backward_flops"]) / 1e12
-        grid.add_row(*_what(row), row["gpu"], f"{flops:,.2f}", f"{work['activation_bytes'] / 1e9:.2f}", *_limits(row))
+        tflop, kept = (work["forward_flops"] + work["backward_flops"]) / 1e12, work["activation_bytes"] / 1e9
+        grid.add_row(*_what(row), row["gpu"], in_digits(tflop), in_digits(kept), *_limits(row))
     console.print(grid)
     console.print("next: the same without --expected on such a GPU measures it")
 
 
 def _grid(result: Mapping[str, Any], about: str, *columns: str) -> Table:
-    grid = Table(title=f"{result['config']}, {about}", title_justify="left")
-    for column in ("", "precision", *result["rows"][0]["sizes"], *columns):
-        grid.add_column(column, justify="left" if column in ("", "precision", "GPU") else "right")
-    return grid
+    return table_of(f"{result['config']}, {about}", *result["rows"][0]["sizes"], *columns)
 
 
 def _what(row: Mapping[str, Any]) -> list[str]:
-    return [row["variant"], row["precision"], *(f"{size:,}" for size in row["sizes"].values())]
-
-
-def _spread(ms: Mapping[str, float]) -> str:
-    return f"{ms['median']:,.2f} ({ms['p10']:,.2f}..{ms['p90']:,.2f})"
+    return [f"{row['variant']}, {row['precision']}", *(f"{size:,}" for size in row["sizes"].values())]
 
 
 def _limits(row: Mapping[str, Any]) -> list[str]:
-    return ["-" if ms is None else f"{ms:,.2f}" for ms in row["limits_ms"].values()]
+    return ["-" if ms is None else in_digits(ms) for ms in row["limits_ms"].values()]

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.status import Status
-from rich.table import Table
 
 from dlrm_scale.config import RunConfig, check_num_ranks
 from dlrm_scale.config_io import apply_override, parse_config, read_tree
@@ -29,11 +28,11 @@ from tools.benchmark.cluster import positive
 from tools.benchmark.ranks import run_on_ranks
 from tools.benchmark.roofline import Work, as_read, count_work, precision_of
 from tools.benchmark.stock_loop import check, measure_stock
+from tools.benchmark.tables import in_digits, table_of
 from tools.benchmark.train_ranks import SKIPS, TRAIN_SILENCE_SECONDS, RankRun, measure_training, trace_training
 
 BASE, STOCK = "base", "stock TorchRec"
 OUR_ALLOCATOR = "launch.allocator=ours"
-LEAST_WIDTH = {"": 10, "over base": 12}  # of words in the columns, where a terminal has 80
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -283,9 +282,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 # ------------------------------------------------------------ to read
 def show(result: dict[str, Any], console: Console) -> None:
     title = f"{result['config']}, {result['steps']} steps, {result['repeats']} repeats: medians, of ratios least..most; GB: host, a rank"
-    grid = Table(title=title, title_justify="left", pad_edge=False)
-    for column in ("", "samples/s", "over base", "ms p50 / p90", "MFU", "MBU", "GB"):
-        grid.add_column(column, justify="right" if column else "left", min_width=LEAST_WIDTH.get(column))
+    grid = table_of(title, "samples/s", "over base", "ms p50 / p90", "MFU", "MBU", "GB")
     for name, found in result["variants"].items():
         speed, ratio, runs = found["samples_per_s"], found["over_base"], found["runs"]
         mfu = _median(run["mfu"].get(run["precision"]) for run in runs)
@@ -294,19 +291,18 @@ def show(result: dict[str, Any], console: Console) -> None:
             name,
             f"{speed['median']:,.0f}",
             "" if name == BASE else f"{ratio['median']:.2f} ({ratio['least']:.2f}..{ratio['most']:.2f})",
-            f"{p50:,.1f} / {p90:,.1f}",
+            f"{in_digits(p50)} / {in_digits(p90)}",
             "-" if mfu is None else f"{mfu:.1%}",
             f"{_median(run['mbu'] for run in runs):.1%}",
-            f"{_median(max(m['host_bytes'] for m in run['peak_memory']) for run in runs) / 1e9:.2f}",
+            in_digits(_median(max(m["host_bytes"] for m in run["peak_memory"]) for run in runs) / 1e9),
         )
     console.print(grid)
-    stages = Table(title="median ms of a step, by stage", title_justify="left")
-    for column in ("", *(stage.replace("embedding", "table").replace("_", "\n") for stage in STAGES)):
-        stages.add_column(column, justify="right" if column else "left", overflow="fold")
+    columns = [stage.replace("embedding", "table").replace("_", "\n") for stage in STAGES]
+    stages = table_of("median ms of a step, by stage", *columns)
     for name, found in result["variants"].items():
         if found["runs"][0]["stage_ms"]:
             stages.add_row(
-                name, *(f"{_median(run['stage_ms'][stage] for run in found['runs']):.1f}" for stage in STAGES)
+                name, *(in_digits(_median(run["stage_ms"][stage] for run in found["runs"])) for stage in STAGES)
             )
     console.print(stages)
     peaks = result["variants"][BASE]["runs"][0]["peaks"]

@@ -1,0 +1,89 @@
+"""What `benchmark model` and `benchmark train` print fits a terminal of 80 columns, each figure whole and in one line."""
+
+from io import StringIO
+
+import pytest
+from rich.console import Console
+
+from dlrm_scale.training.clock import STAGES
+from tools.benchmark import model, train
+from tools.benchmark.tables import in_digits
+from tools.commands import PLAIN
+
+CONFIG = "configs/benchmark/interformer_t100.yaml"
+LONG = "activation_checkpointing and bf16"
+SPREAD = {"median": 12_558.27, "p10": 12_283.4, "p90": 13_600.1}
+PEAKS = {"flops_per_s": {"fp32": 67e12, "tf32": 494.5e12, "bf16": 989.5e12}, "copy_bytes_per_s": 4.8e12}
+WORK = {"forward_flops": 4e14, "backward_flops": 8e14, "activation_bytes": 183_456_000_000}
+
+
+def shown(show, result):
+    file = StringIO()
+    show(result, Console(file=file, width=80, **PLAIN))
+    tables = [line for line in file.getvalue().splitlines() if "  " in line or "─" in line]
+    assert "…" not in file.getvalue() and max(map(len, tables)) <= 80
+    return file.getvalue().split()
+
+
+def row(variant, precision, **of_the_kind):
+    return {
+        "variant": variant,
+        "precision": precision,
+        "sizes": {"dim": 256, "sequence": 1000, "batch": 32_768},
+        "work": WORK,
+        "limits_ms": {"matrix": 257.84, "kept": 12_185.9, "op_by_op": 41_024.2},
+        **of_the_kind,
+    }
+
+
+def test_times_of_the_dense_arch():
+    measured = {
+        "forward_ms": SPREAD,
+        "step_ms": SPREAD,
+        "step_over_base": {"median": 0.914},
+        "mfu": 0.551,
+        "peak_bytes": 141.2e9,
+        "peaks": PEAKS,
+    }
+    rows = [row(name, "bf16", **measured) for name in (model.BASE, "compiled", LONG)]
+    words = shown(model.show, {"config": CONFIG, "device": "NVIDIA H200", "rows": rows, "costliest": {}})
+    for figure in ("12,558", "12,283..13,600", "0.91", "55.1%", "258", "12,186", "41,024", "183", "141", "32,768"):
+        assert figure in words
+
+
+def test_limits_of_the_dense_arch():
+    rows = [row(name, "bf16", gpu=gpu) for name in (model.BASE, LONG) for gpu in ("H200", "B200")]
+    words = shown(model.show, {"config": CONFIG, "device": None, "rows": rows})
+    for figure in ("256", "1,000", "32,768", "B200", "1,200", "183", "258", "12,186", "41,024"):
+        assert words.count(figure) >= 2
+
+
+def test_training_of_long_names():
+    run = {
+        "mfu": {"fp32": 0.551},
+        "mbu": 0.123,
+        "precision": "fp32",
+        "step_ms": {"p50": 12_558.27, "p90": 13_600.1},
+        "peak_memory": [{"host_bytes": 23_456_000_000}],
+        "stage_ms": dict.fromkeys(STAGES, 12_345.6),
+        "peaks": PEAKS,
+    }
+    of_variant = {
+        "samples_per_s": {"median": 1_234_567.0},
+        "over_base": {"median": 0.914, "least": 0.853, "most": 0.951},
+        "runs": [run],
+    }
+    names = (train.BASE, "without data", "stock TorchRec, 2 ranks of 1 thread, our allocator", LONG)
+    result = {"config": CONFIG, "steps": 40, "repeats": 5, "trace": None, "costliest": None}
+    words = shown(train.show, {**result, "variants": dict.fromkeys(names, of_variant)})
+    for figure in ("1,234,567", "12,558", "13,600", "55.1%", "12.3%", "23.5"):
+        assert words.count(figure) == len(names)
+    assert words.count("0.91") == words.count("(0.85..0.95)") == len(names) - 1
+    assert words.count("12,346") == len(names) * len(STAGES)
+
+
+@pytest.mark.parametrize(
+    ("value", "told"), [(0.0, "0.000"), (0.1234, "0.123"), (1.234, "1.23"), (12.34, "12.3"), (12_345.6, "12,346")]
+)
+def test_three_digits_or_all_before_the_point(value, told):
+    assert in_digits(value) == told

@@ -1,0 +1,18 @@
+"""Tables of figures for terminals of 80 columns: names fold where room is short, figures stay whole."""
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+
+def table_of(title: str, *figures: str) -> Table:
+    """A column of names, and these of figures. No lines between them: these would take half as much room again."""
+    grid = Table(title=title, title_justify="left", box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    grid.add_column(overflow="fold")
+    for figure in figures:
+        grid.add_column(figure, justify="right", no_wrap=True)
+    return grid
+
+
+def in_digits(value: float) -> str:
+    """Three of them, or as many as stand before the point: 0.123, 12.3, 1,234."""
+    return f"{value:,.{sum(value < bound for bound in (1, 10, 100))}f}"
