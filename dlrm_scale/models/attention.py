@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dlrm_scale.models.inputs import valid_mask
-from dlrm_scale.models.layers import Linear, linear, linear_of
+from dlrm_scale.models.layers import Linear, linear
 
 
 def rotary_table(num_positions: int, head_dim: int, base: float) -> Tensor:
@@ -84,7 +84,7 @@ class AttentionPooling(nn.Module):
         key_Hhd, value_Hhd = self.kv.weight.unflatten(0, (2, self.num_heads, -1)).unbind()
         query_QHh = self.queries_Qd.unflatten(1, (self.num_heads, -1)) * key_Hhd.shape[1] ** -0.5
         seen_QHd = torch.einsum("qhe,hed->qhd", query_QHh, key_Hhd)
-        scores_BNP = linear_of(tokens_BNd, seen_QHd.flatten(0, 1))  # P = Q H
+        scores_BNP = self.kv.product(tokens_BNd, seen_QHd.flatten(0, 1), None)  # P = Q H
         weights_BNP = scores_BNP.masked_fill(~mask_BN.unsqueeze(2), -torch.inf).softmax(1)
         pooled_BQHd = (weights_BNP.transpose(1, 2) @ tokens_BNd).unflatten(1, seen_QHd.shape[:2])
         mixed_BQHh = torch.einsum("bqhd,hed->bqhe", pooled_BQHd, value_Hhd)

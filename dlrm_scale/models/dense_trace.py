@@ -1,7 +1,7 @@
 """What the dense arch costs at a batch size, found by running it on fake tensors: shapes and types, no memory."""
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -17,7 +17,6 @@ from dlrm_scale.config import RunConfig
 from dlrm_scale.features import FeatureSchema
 from dlrm_scale.meta import NoFirstValues
 from dlrm_scale.models.attention import AttentionPooling, SelfAttention
-from dlrm_scale.models.cpu_ways import ways_of_cuda
 from dlrm_scale.models.inputs import Embedded
 from dlrm_scale.models.kernels import choose_kernels
 from dlrm_scale.models.ranking_model import DensePart, build_arch
@@ -68,7 +67,7 @@ def trace_dense(config: RunConfig, local_batch_size: int, device: Device = "cpu"
 @contextmanager
 def fake_dense(config: RunConfig, local_batch_size: int, device: Device = "cpu") -> Iterator[tuple[DensePart, Inputs]]:
     """The dense arch and its inputs as fake tensors of the CPU, worked on as those of `device`. Raises as `trace_dense`."""
-    with FakeTensorMode(), ways_of_cuda() if device == "cuda" else nullcontext():
+    with FakeTensorMode():
         with NoFirstValues():
             dense = DensePart(build_arch(config), config.train.precision)
         if device == "cpu":

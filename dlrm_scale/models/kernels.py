@@ -9,7 +9,9 @@ from torch import nn
 from dlrm_scale.config import RunConfig
 from dlrm_scale.errors import ConfigError
 from dlrm_scale.models.attention import SelfAttention
+from dlrm_scale.models.bf16_linear import linear_in_bf16
 from dlrm_scale.models.cpu_attention import NoCompilerError, load_library, rotary_attention
+from dlrm_scale.models.layers import Linear
 from dlrm_scale.models.pffn import TwoLayerPFFN
 
 OLDEST_GPU = (8, 0)  # compute capability: FBGEMM 1.8.0 has no code for older ones
@@ -27,11 +29,18 @@ def choose_kernels(arch: nn.Module, config: RunConfig, device: torch.device, *, 
         for module in arch.modules():
             if isinstance(module, TwoLayerPFFN):
                 module.fused = fused_pffn
-    of_attention = [module for module in arch.modules() if isinstance(module, SelfAttention)]
-    in_bf16_on_cpu = device.type == "cpu" and config.train.precision == "bf16"
-    if of_attention and in_bf16_on_cpu and (not to_run or _compiles_attention()):
+    if device.type == "cpu" and config.train.precision == "bf16":
+        _choose_for_bf16_on_cpu(list(arch.modules()), to_run)
+
+
+def _choose_for_bf16_on_cpu(modules: list[nn.Module], to_run: bool) -> None:
+    of_attention = [module for module in modules if isinstance(module, SelfAttention)]
+    if of_attention and (not to_run or _compiles_attention()):
         for module in of_attention:
             module.attend = rotary_attention
+    for module in modules:
+        if isinstance(module, Linear):
+            module.product = linear_in_bf16
 
 
 def _compiles_attention() -> bool:

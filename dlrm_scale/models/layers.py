@@ -11,22 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dlrm_scale.models.bf16_linear import linear_in_bf16
-from dlrm_scale.models.cpu_ways import takes_cpu_way
-
 NORM_EPS = 1e-10
 
 
-def linear_of(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
-    """(..., I) -> (..., O). Under autocast on a CPU by `linear_in_bf16`."""
-    if takes_cpu_way(x):
-        return linear_in_bf16(x, weight_OI, bias_O)
-    return functional.linear(x, weight_OI, bias_O)
-
-
 class Linear(nn.Linear):
+    """`product`: (..., I), weight (O, I), bias (O,) or None -> (..., O); kernels.py sets another."""
+
+    product = staticmethod(functional.linear)
+
     def forward(self, x: Tensor) -> Tensor:
-        return linear_of(x, self.weight, self.bias)
+        return self.product(x, self.weight, self.bias)
 
 
 def linear(in_features: int, out_features: int, bias: bool = True) -> Linear:

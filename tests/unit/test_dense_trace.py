@@ -109,9 +109,9 @@ def test_a_gpu_takes_none_of_the_ways_of_cpus(monkeypatch):
         raise AssertionError("a way of CPUs")
 
     config = run_config(precision="bf16")
-    for module, name in ((kernels, "rotary_attention"), (layers, "linear_in_bf16")):
+    for name in ("rotary_attention", "linear_in_bf16"):
         with monkeypatch.context() as patch:
-            patch.setattr(module, name, refuse)
+            patch.setattr(kernels, name, refuse)
             trace_dense(config, BATCH, "cuda")
             with pytest.raises(AssertionError, match="a way of CPUs"):
                 trace_dense(config, BATCH)
