@@ -33,7 +33,8 @@ class InterFormerConfig(Strict):
     pffn: Literal["rank", "matrix", "two_layer", "gdpa", "none"] = "two_layer"
     pffn_hidden: int | None = Field(None, gt=0, description="K of two_layer and gdpa; None: dim")
     pffn_kernel: Literal["torch", "triton", "auto"] = Field(
-        "torch", description="of two_layer: PyTorch's operations, one fused kernel on CUDA, or that wherever it can run"
+        "torch",
+        description="of two_layer on CUDA: PyTorch's operations, one fused kernel, or that wherever it can run; on a CPU bf16 has one of its own",
     )
     attention: bool = Field(True, description="False leaves the sequence arch's MHA out")
     paper_literal: bool = Field(False, description="Eq. 9 as printed: no residual, no pre-norm")

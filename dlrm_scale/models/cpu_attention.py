@@ -1,54 +1,16 @@
-"""Rotary self-attention in bf16 on a CPU, by a kernel of our own (cpu_attention.cpp), which each process compiles for its cores.
+"""Rotary self-attention in bf16 on a CPU, by a kernel of our own (cpu_attention.cpp).
 
 PyTorch 2.13's fused kernel takes ten times as long backward in bf16 as in fp32 on a CPU, and batched products of heads this small
 write all scores to memory (docs/results/speed.md). This one keeps only q, k and v, as the fused ones do.
 """
 
 # B batch  N tokens  R = 3 H h: q, k and v of each head  f = h / 2 pairs
-import ctypes
-import functools
-import os
-import platform
-import subprocess
-import tempfile
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
-from dlrm_scale.errors import UserError
+from dlrm_scale.models.cpu_library import call
 
-SOURCE = Path(__file__).with_suffix(".cpp")
-FLAGS = (
-    "-std=c++17 -O3 -march=native -ffp-contract=fast -fno-math-errno -fno-trapping-math -fopenmp -shared -fPIC".split()
-)
-# Rows of q, k and v are shorter than the widest registers, which GCC would take for them and then not fill: 15 % slower.
-X86_FLAGS = ["-mprefer-vector-width=256"]
-
-
-class NoCompilerError(UserError):
-    """There is no C++ compiler, or it does not compile the kernel."""
-
-
-@functools.cache
-def load_library() -> ctypes.CDLL:
-    """Raises NoCompilerError."""
-    compiler = os.environ.get("CXX", "c++")
-    with tempfile.TemporaryDirectory() as folder:
-        library = f"{folder}/attention.so"
-        flags = [*FLAGS, *(X86_FLAGS if platform.machine() in ("x86_64", "AMD64") else [])]
-        try:
-            subprocess.run(
-                [compiler, *flags, str(SOURCE), "-o", library], check=True, capture_output=True, text=True, timeout=120
-            )
-            return ctypes.CDLL(library)
-        except FileNotFoundError:
-            raise NoCompilerError(f"there is no {compiler}") from None
-        except subprocess.SubprocessError as e:
-            why = getattr(e, "stderr", None) or str(e)
-            raise NoCompilerError(f"{compiler} does not compile {SOURCE.name}: {why.strip().splitlines()[0]}") from None
-        except OSError as e:
-            raise NoCompilerError(f"what {compiler} makes of {SOURCE.name} does not load: {e}") from None
+SOURCE = "cpu_attention.cpp"
 
 
 @torch.library.custom_op("dlrm_scale::rotary_attention", mutates_args=())
@@ -72,11 +34,7 @@ def _shape_of_result(qkv_BNR: Tensor) -> tuple[int, int, int]:
 def _call(function: str, qkv_BNR: Tensor, rotary_2Nf: Tensor, *tensors: Tensor, num_heads: int) -> None:
     (num_samples, num_tokens, columns), num_positions = qkv_BNR.shape, rotary_2Nf.shape[1]
     sizes = (num_positions, num_samples, num_tokens, num_heads, columns // 3 // num_heads)
-    getattr(load_library(), function)(
-        *(ctypes.c_void_p(tensor.data_ptr()) for tensor in (qkv_BNR, rotary_2Nf, *tensors)),
-        *map(ctypes.c_int64, sizes),
-        torch.get_num_threads(),
-    )
+    call(SOURCE, function, (qkv_BNR, rotary_2Nf, *tensors), sizes)
 
 
 @_forward.register_fake

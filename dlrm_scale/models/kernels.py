@@ -8,9 +8,10 @@ from torch import nn
 
 from dlrm_scale.config import RunConfig
 from dlrm_scale.errors import ConfigError
+from dlrm_scale.models import cpu_attention, cpu_pffn
 from dlrm_scale.models.attention import SelfAttention
 from dlrm_scale.models.bf16_linear import linear_in_bf16
-from dlrm_scale.models.cpu_attention import NoCompilerError, load_library, rotary_attention
+from dlrm_scale.models.cpu_library import NoCompilerError, load_library
 from dlrm_scale.models.layers import Linear
 from dlrm_scale.models.pffn import TwoLayerPFFN
 
@@ -34,21 +35,31 @@ def choose_kernels(arch: nn.Module, config: RunConfig, device: torch.device, *, 
 
 
 def _choose_for_bf16_on_cpu(modules: list[nn.Module], to_run: bool) -> None:
-    of_attention = [module for module in modules if isinstance(module, SelfAttention)]
-    if of_attention and (not to_run or _compiles_attention()):
-        for module in of_attention:
-            module.attend = rotary_attention
     for module in modules:
         if isinstance(module, Linear):
             module.product = linear_in_bf16
+    attentions = [module for module in modules if isinstance(module, SelfAttention)]
+    pffns = [module for module in modules if isinstance(module, TwoLayerPFFN) and _suits_cpu(module)]
+    sources = ([cpu_attention.SOURCE] if attentions else []) + ([cpu_pffn.SOURCE] if pffns else [])
+    if not to_run or _compile(sources):
+        for attention in attentions:
+            attention.attend = cpu_attention.rotary_attention
+        for pffn in pffns:
+            pffn.fused = cpu_pffn.pffn_on_cpu
 
 
-def _compiles_attention() -> bool:
+def _suits_cpu(pffn: TwoLayerPFFN) -> bool:
+    return pffn.fused is None and cpu_pffn.suits(dim=len(pffn.bias2_d), hidden=len(pffn.bias1_K))
+
+
+def _compile(sources: list[str]) -> bool:
+    """All of them; else says why not."""
     try:
-        load_library()
+        for source in sources:
+            load_library(source)
     except NoCompilerError as e:
         warnings.warn(
-            f"attention runs by PyTorch's kernel, which is slow in bf16 on a CPU, since {e}; install a C++ compiler (g++)",
+            f"attention and PFFN run by PyTorch's kernels, which are slow in bf16 on a CPU, since {e}; install a C++ compiler (g++)",
             stacklevel=2,
         )
         return False

@@ -12,6 +12,7 @@ from dlrm_scale.models.kernels import fuses_pffn
 from dlrm_scale.models.ranking_model import build_model
 from dlrm_scale.training.device import set_product_precision
 from tests.support.model_inputs import random_batch, run_config
+from tests.support.pffn_twins import both, errors
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -30,10 +31,10 @@ def strict_products():
 @pytest.mark.parametrize("precision", ALLOWED)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
 def test_the_fused_pffn_is_as_near_to_fp64_as_the_plain_twin(shape, precision):
-    from tests.support.pffn_parity import errors
+    from dlrm_scale.models.pffn_triton import fused_pffn
 
     torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
-    found = errors(shape, "cuda", precision == "bf16")
+    found = errors(fused_pffn, shape, "cuda", precision == "bf16")
     wrong = {
         name: (mine, plain)
         for name, (mine, plain) in found.items()
@@ -43,9 +44,9 @@ def test_the_fused_pffn_is_as_near_to_fp64_as_the_plain_twin(shape, precision):
 
 
 def test_two_runs_of_the_fused_pffn_give_the_same_bits():
-    from tests.support.pffn_parity import both
+    from dlrm_scale.models.pffn_triton import fused_pffn
 
-    first, second = (both((8, 204, 128, 128), "cuda", bf16=True)[0] for _ in range(2))
+    first, second = (both(fused_pffn, (8, 204, 128, 128), "cuda", bf16=True)[0] for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 

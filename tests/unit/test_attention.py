@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from dlrm_scale.models.attention import AttentionPooling, SelfAttention, plain_attention, rotary_table, rotate
-from dlrm_scale.models.cpu_attention import NoCompilerError, load_library, rotary_attention
+from dlrm_scale.models.cpu_attention import SOURCE, rotary_attention
+from dlrm_scale.models.cpu_library import NoCompilerError, load_library
 from dlrm_scale.models.dense_trace import trace_dense
 from dlrm_scale.models.ranking_model import build_model
 from tests.support.model_inputs import run_config
@@ -80,15 +81,20 @@ def test_the_kernel_of_cpus_equals_the_plain_twin(lengths, heads, head_dim):
     grad = torch.randn(len(lengths), num_tokens, heads * head_dim).bfloat16()
     rotary = rotary_table(num_tokens + 5, head_dim, 100.0)
     valid_BN1 = torch.arange(num_tokens).lt(lengths_B[:, None]).unsqueeze(2)
-    exact, got = given.float().requires_grad_(), given.clone().requires_grad_()
-    twin = plain_attention(exact, rotary, lengths_B.clamp(min=1), heads) * valid_BN1
-    twin.backward(grad.float())
-    out = rotary_attention(got, rotary, lengths_B, heads)
-    out.backward(grad)
-    assert out.dtype == got.grad.dtype == torch.bfloat16
-    for mine, theirs in ((out, twin), (got.grad, exact.grad)):
-        assert (mine.float() - theirs).norm() <= 2**-8 * theirs.norm()  # one rounding to bf16
-        assert mine.masked_select(~valid_BN1).eq(0).all()
+
+    def out_and_gradient(attend, given, lengths_B):
+        leaf = given.clone().requires_grad_()
+        out = attend(leaf, rotary, lengths_B, heads) * valid_BN1
+        out.backward(grad.to(out.dtype))
+        return out, leaf.grad
+
+    exact = out_and_gradient(plain_attention, given.float(), lengths_B.clamp(min=1))
+    plain = out_and_gradient(plain_attention, given, lengths_B.clamp(min=1))
+    mine = out_and_gradient(rotary_attention, given, lengths_B)
+    for result, twin, reference in zip(mine, plain, exact, strict=True):
+        assert result.dtype == torch.bfloat16
+        assert (result.float() - reference).norm() <= (twin.float() - reference).norm() < 2e-2 * reference.norm()
+        assert result.masked_select(~valid_BN1).eq(0).all()
 
 
 def test_the_kernel_of_cpus_is_its_own_twin_in_other_threads():
@@ -149,9 +155,9 @@ def fresh_library():
 def test_without_a_compiler_it_says_so_and_runs_pytorch_s(monkeypatch, fresh_library, compiler, why):
     monkeypatch.setenv("CXX", compiler)
     with pytest.raises(NoCompilerError, match=why):
-        load_library()
+        load_library(SOURCE)
     config = run_config(precision="bf16")
-    with pytest.warns(UserWarning, match=r"PyTorch's kernel.*g\+\+"):
+    with pytest.warns(UserWarning, match=r"PyTorch's kernels.*g\+\+"):
         model = build_model(config, table_device=torch.device("meta"), dense_device=torch.device("cpu"))
     assert all(layer.attention.attend is plain_attention for layer in model.dense.arch.sequences)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dlrm_scale.models import kernels, layers
+from dlrm_scale.models import cpu_attention, cpu_pffn, kernels, layers
 from dlrm_scale.models.dense_trace import KeptStorages, count_flops, input_tensors, lookups, norm_of_cuda, trace_dense
 from dlrm_scale.models.kernels import choose_kernels
 from dlrm_scale.models.length_chunks import CHUNK_SAMPLES
@@ -108,10 +108,11 @@ def test_a_gpu_takes_none_of_the_ways_of_cpus(monkeypatch):
     def refuse(*args):
         raise AssertionError("a way of CPUs")
 
-    config = run_config(precision="bf16")
-    for name in ("rotary_attention", "linear_in_bf16"):
+    config = run_config(precision="bf16", dim=16)
+    ways = ((cpu_attention, "rotary_attention"), (cpu_pffn, "pffn_on_cpu"), (kernels, "linear_in_bf16"))
+    for module, name in ways:
         with monkeypatch.context() as patch:
-            patch.setattr(kernels, name, refuse)
+            patch.setattr(module, name, refuse)
             trace_dense(config, BATCH, "cuda")
             with pytest.raises(AssertionError, match="a way of CPUs"):
                 trace_dense(config, BATCH)

@@ -223,7 +223,7 @@ def check_bf16(facts: Facts) -> Check:
 
 def check_compiler(facts: Facts) -> Check:
     if facts.compiler is None:
-        found = "no C++ compiler ($CXX, or c++): train.compile cannot work, and attention in bf16 is slow on a CPU"
+        found = "no C++ compiler ($CXX, or c++): train.compile cannot work, and attention and PFFN in bf16 are slow on a CPU"
         return Check("c++", "warn", found, "sudo apt-get install g++")
     return Check("c++", "ok", facts.compiler)
 
