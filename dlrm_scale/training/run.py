@@ -21,6 +21,7 @@ from dlrm_scale.data.open import open_source, preflight
 from dlrm_scale.data.synthetic import SyntheticSource
 from dlrm_scale.errors import CheckpointError, ConfigError, DivergedError, NoPlanError, RollbackRequested
 from dlrm_scale.meta import META
+from dlrm_scale.models.dense_trace import trace_dense
 from dlrm_scale.models.ranking_model import build_model
 from dlrm_scale.resilience.account import Account, Attempt, next_attempt
 from dlrm_scale.resilience.goodput import EventLog
@@ -106,6 +107,8 @@ def prepare(config: RunConfig, rank: Rank, folder: RunFolder) -> Prepared:
     if is_local(checkpoints.path):
         folder.hold(Path(checkpoints.path))
     plan = make_plan(config, rank, _newest_plan(checkpoints))
+    if warning := _too_many_activations(config, plan, _cluster(config, rank)):
+        print(f"warning: {warning}", flush=True)
     folder.claim()
     return Prepared(folder.path, plan, folder.left_out())
 
@@ -143,6 +146,21 @@ def _choose_plan(config: RunConfig, rank: Rank, earlier: Plan | None) -> Plan:
         raise NoPlanError(
             f"{e}\n  what would make it fit (fp16, more types, host memory, more hosts): python -m tools.plan_sharding tries it"
         ) from None
+
+
+def _too_many_activations(config: RunConfig, plan: Plan, cluster: ClusterSpec) -> str | None:
+    """What to say where a batch of full sequences takes more memory than the plan leaves. No reason to refuse: they may be shorter."""
+    batch_size = plan.request.local_batch_size
+    num_bytes = trace_dense(config, batch_size, cluster.device).activation_bytes
+    held = max(load.total_device_bytes - load.device_bytes.get("dense_activations", 0) for load in plan.ranks)
+    room = cluster.table_bytes_per_rank
+    if held + num_bytes <= room:
+        return None
+    return (
+        f"memory may run out: tables and dense arch take {held / 1e9:.1f} GB of a rank's {room / 1e9:.1f} GB, and {batch_size:,} samples "
+        f"of full sequences keep {num_bytes / 1e9:.1f} GB for the backward pass; a smaller train.global_batch_size, train.accumulate_steps "
+        "or train.activation_checkpointing=true keeps less"
+    )
 
 
 def _cluster(config: RunConfig, rank: Rank) -> ClusterSpec:

@@ -73,3 +73,13 @@ def test_a_model_that_fits_nowhere_is_sent_to_the_planner(cpu_rank):
     config = tiny_config(features={"tables": tables})
     with pytest.raises(NoPlanError, match=r"(?s)no sharding plan fits.*table user.*python -m tools.plan_sharding"):
         make_plan(config, cpu_rank)
+
+
+@pytest.mark.parametrize(("samples", "told"), [(64, False), (2**24, True)])
+def test_more_activations_than_memory_are_told_of_before_training(tmp_path, capsys, cpu_rank, samples, told):
+    config = tiny_config(train={"global_batch_size": samples}, output={"dir": str(tmp_path / "run")})
+    folder = RunFolder(config)
+    prepare(config, cpu_rank, folder)
+    folder.close()
+    said = capsys.readouterr().out
+    assert ("memory may run out" in said and "16,777,216 samples" in said and "activation_checkpointing" in said) is told
