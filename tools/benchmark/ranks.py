@@ -17,7 +17,7 @@ from dlrm_scale.errors import LOST_PEER, SHORT_OF_MEMORY, PeerError, UserError
 from dlrm_scale.libraries import loading_libraries
 
 SILENCE_SECONDS = 120.0  # loading the libraries takes up to 20 on a busy machine, a call of a benchmark less
-SETTLE_SECONDS = 2.0  # in which the others notice that one is gone
+SETTLE_SECONDS = 2.0  # in which ranks end by themselves, and others notice that one is gone
 
 
 class NoMemoryError(PeerError):
@@ -68,7 +68,10 @@ def run_on_ranks(
             theirs.close()
             pipes[ours] = index
             processes.append(process)
-        return _results(pipes, processes, told, silence_seconds or SILENCE_SECONDS)
+        results = _results(pipes, processes, told, silence_seconds or SILENCE_SECONDS)
+        for process in processes:  # killed at once, one leaves its semaphores behind, which Python warns of
+            process.join(SETTLE_SECONDS)
+        return results
     finally:
         for process in processes:
             process.kill()
