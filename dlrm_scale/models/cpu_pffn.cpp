@@ -105,10 +105,13 @@ struct Sample {
     for (int64_t first = 0; first < shape.num_tokens; first += BLOCK) {
       int64_t count = std::min(BLOCK, shape.num_tokens - first), rows = round_up(count, ROWS);
       forward_block(tokens + first * d, count);
-      outer_norm_gradient(grad + first * d, count, sums + 2 * K, sums + 2 * K + d);
+      norm_gradient(grad_out, out, factor2, shared.scale2, count, sums + 2 * K, sums + 2 * K + d,
+                    [&](int64_t i, int64_t c) { return load_bf16(grad + (first + i) * d + c); }, [](int64_t, int64_t) { return 1.f; });
       grad_out.clear(count, rows);
       product<false>(grad_hidden.row(0), K, grad_out.across.data(), d / 2, 1, weight2.flipped.data(), K, rows, K, d / 2);
-      inner_norm_gradient(count, sums, sums + K);
+      norm_gradient(grad_before, activated, factor1, shared.scale1, count, sums, sums + K,
+                    [&](int64_t i, int64_t c) { return at(grad_hidden.row(i) + c); },
+                    [&](int64_t i, int64_t c) { return at(slope.row(i) + c); });
       grad_before.clear(count, rows);
       // into `out`, which is done with
       product<false>(out.row(0), d, grad_before.across.data(), K / 2, 1, weight1.flipped.data(), d, rows, d, K / 2);
@@ -129,42 +132,23 @@ struct Sample {
     product<ADD>(grad_weight2.row(0), d, hidden.down.data(), 1, K, grad_out.down.data(), d, K, d, rows / 2);
   }
 
-  // Of y = f o s, f the factor of o: f (g s - n mean(g s n)), n being f o.
-  void outer_norm_gradient(const uint16_t* grad, int64_t count, float* of_bias, float* of_scale) {
+  // Of a norm's result s n, n being its factor f times what it takes: f (g s - n mean(g s n)), times `slope`, to bf16; sums for bias and scale.
+  template <typename Grad, typename Slope>
+  static void norm_gradient(Halves& to, Matrix& values, const float* factors, const float* scale, int64_t count, float* of_bias,
+                            float* of_scale, const Grad& grad, const Slope& slope_at) {
     for (int64_t i = 0; i < count; ++i) {
       Vec dots = {};
-      for (int64_t c = 0; c < d; c += LANES) {
-        Vec &normed = at(out.row(i) + c), g = load_bf16(grad + i * d + c);
-        normed *= factor2[i];
+      for (int64_t c = 0; c < values.columns; c += LANES) {
+        Vec &normed = at(values.row(i) + c), g = grad(i, c);
+        normed *= factors[i];
         at(of_scale + c) += g * normed;
-        dots += g * at(shared.scale2 + c) * normed;
+        dots += g * at(scale + c) * normed;
       }
-      float mean = sum_of(dots) / d;
-      for (int64_t c = 0; c < d; c += LANES) {
-        Vec g = load_bf16(grad + i * d + c) * at(shared.scale2 + c);
-        Vec of_out = factor2[i] * (g - at(out.row(i) + c) * mean);
-        at(of_bias + c) += of_out;
-        store_bf16(grad_out.row(i) + c, of_out);
-      }
-    }
-  }
-
-  // The same of the inner norm, and GELU's.
-  void inner_norm_gradient(int64_t count, float* of_bias, float* of_scale) {
-    for (int64_t i = 0; i < count; ++i) {
-      Vec dots = {};
-      for (int64_t c = 0; c < K; c += LANES) {
-        Vec &normed = at(activated.row(i) + c), g = at(grad_hidden.row(i) + c);
-        normed *= factor1[i];
-        at(of_scale + c) += g * normed;
-        dots += g * at(shared.scale1 + c) * normed;
-      }
-      float mean = sum_of(dots) / K;
-      for (int64_t c = 0; c < K; c += LANES) {
-        Vec g = at(grad_hidden.row(i) + c) * at(shared.scale1 + c);
-        Vec before = factor1[i] * (g - at(activated.row(i) + c) * mean) * at(slope.row(i) + c);
+      float mean = sum_of(dots) / values.columns;
+      for (int64_t c = 0; c < values.columns; c += LANES) {
+        Vec before = factors[i] * (grad(i, c) * at(scale + c) - at(values.row(i) + c) * mean) * slope_at(i, c);
         at(of_bias + c) += before;
-        store_bf16(grad_before.row(i) + c, before);
+        store_bf16(to.row(i) + c, before);
       }
     }
   }

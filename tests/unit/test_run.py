@@ -82,4 +82,6 @@ def test_more_activations_than_memory_are_told_of_before_training(tmp_path, caps
     prepare(config, cpu_rank, folder)
     folder.close()
     said = capsys.readouterr().out
-    assert ("memory may run out" in said and "16,777,216 samples" in said and "activation_checkpointing" in said) is told
+    assert (
+        "memory may run out" in said and "16,777,216 samples" in said and "activation_checkpointing" in said
+    ) is told
