@@ -11,6 +11,7 @@ from dlrm_scale.errors import ConfigError
 from dlrm_scale.strict import Strict
 
 CLUSTERS = Path("configs/clusters")  # relative to the working directory, as configurations are
+CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 SOURCES = "datasheet: ..., measured: ..., reported ... or guess: ..."
 
 
@@ -164,11 +165,19 @@ def check_ranks(cluster: ClusterSpec, named: str, num_ranks: int, ranks_per_host
         )
 
 
+def host_bytes() -> int:
+    """The machine's memory, or a container's limit (cgroup v2) where that is less."""
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        return min(physical, int(CGROUP_LIMIT.read_text()))
+    except (OSError, ValueError):  # no cgroup v2, or the limit is "max"
+        return physical
+
+
 def this_cluster(num_ranks: int, ranks_per_host: int, device: Literal["cpu", "cuda"]) -> ClusterSpec:
     """The cluster of equal hosts that this host is one of: memory as the system reports it, bandwidths guessed."""
-    host_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     guesses = {"host_memory": 20, "intra_host": 2, "inter_host": 1}
-    reported = {"host_memory_gb": Figure(value=host_bytes / 1e9, source="reported by the system")}
+    reported = {"host_memory_gb": Figure(value=host_bytes() / 1e9, source="reported by the system")}
     if device == "cuda":
         import torch
 

@@ -22,6 +22,7 @@ def loading_libraries() -> Iterator[None]:
         warnings.filterwarnings("ignore", module=rf"{module}(\.|$)")
     for name in LOG_NEEDLESSLY:
         logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # not the line of code that it stands in
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     gc.disable()
     try:

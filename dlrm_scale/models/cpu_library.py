@@ -4,6 +4,7 @@ import ctypes
 import functools
 import os
 import platform
+import shlex
 import subprocess
 import tempfile
 from pathlib import Path
@@ -28,15 +29,16 @@ class NoCompilerError(UserError):
 def load_library(source: str) -> ctypes.CDLL:
     """Of a file in this folder. Raises NoCompilerError."""
     compiler = os.environ.get("CXX", "c++")
+    named = ", which CXX names" if "CXX" in os.environ else ""
     with tempfile.TemporaryDirectory() as folder:
         library = f"{folder}/kernel.so"
         flags = [*FLAGS, *(X86_FLAGS if platform.machine() in ("x86_64", "AMD64") else [])]
-        command = [compiler, *flags, str(Path(__file__).with_name(source)), "-o", library]
+        command = [*shlex.split(compiler), *flags, str(Path(__file__).with_name(source)), "-o", library]
         try:
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
             return ctypes.CDLL(library)
         except FileNotFoundError:
-            raise NoCompilerError(f"there is no {compiler}") from None
+            raise NoCompilerError(f"there is no {compiler}{named}") from None
         except subprocess.SubprocessError as e:
             why = getattr(e, "stderr", None) or str(e)
             raise NoCompilerError(f"{compiler} does not compile {source}: {why.strip().splitlines()[0]}") from None

@@ -28,6 +28,7 @@ from dlrm_scale.resilience.goodput import EventLog
 from dlrm_scale.resilience.preemption import Preemption
 from dlrm_scale.resilience.watchdog import Watchdog
 from dlrm_scale.sharding.apply import shard_model
+from dlrm_scale.sharding.memory import dense_bytes, reserved_bytes
 from dlrm_scale.sharding.plan import Plan, PlanRequest, load_plan, plan_request, rule_differences, save_plan
 from dlrm_scale.sharding.planner import find_plan
 from dlrm_scale.training.checkpoints import RunCheckpoints, checkpoint_folder
@@ -149,17 +150,26 @@ def _choose_plan(config: RunConfig, rank: Rank, earlier: Plan | None) -> Plan:
 
 
 def _too_many_activations(config: RunConfig, plan: Plan, cluster: ClusterSpec) -> str | None:
-    """What to say where a batch of full sequences takes more memory than the plan leaves. No reason to refuse: they may be shorter."""
-    batch_size = plan.request.local_batch_size
-    num_bytes = trace_dense(config, batch_size, cluster.device).activation_bytes
-    held = max(load.total_device_bytes - load.device_bytes.get("dense_activations", 0) for load in plan.ranks)
-    room = cluster.table_bytes_per_rank
-    if held + num_bytes <= room:
+    """What to say where a micro-batch takes more memory than the plan leaves. No reason to refuse it: sequences may be shorter."""
+    train = config.train
+    batch_size = train.global_batch_size // train.accumulate_steps // cluster.num_ranks
+    trace = trace_dense(config, batch_size, cluster.device)
+    request = plan_request(
+        config, cluster, trace.num_parameters
+    )  # a plan that is replayed may be of another batch or arch
+    of_dense = dense_bytes(request)
+    of_tables = max(sum(n for kind, n in load.device_bytes.items() if kind not in of_dense) for load in plan.ranks)
+    held, room = of_tables + sum(of_dense.values()), cluster.table_bytes_per_rank - reserved_bytes(request)
+    if held + trace.activation_bytes <= room:
         return None
+    ways = "a smaller train.global_batch_size or more train.accumulate_steps"
+    if config.model.arch == "interformer" and not train.activation_checkpointing:
+        ways += ", or train.activation_checkpointing=true,"
+    full = " with full sequences" if config.features.sequences else ""
     return (
-        f"memory may run out: tables and dense arch take {held / 1e9:.1f} GB of a rank's {room / 1e9:.1f} GB, and {batch_size:,} samples "
-        f"of full sequences keep {num_bytes / 1e9:.1f} GB for the backward pass; a smaller train.global_batch_size, train.accumulate_steps "
-        "or train.activation_checkpointing=true keeps less"
+        f"memory may run out: tables and dense arch take {held / 1e9:.1f} GB of the {room / 1e9:.1f} GB that a rank has beside "
+        f"sharding.storage_reserve, and {batch_size:,} samples{full} keep {trace.activation_bytes / 1e9:.1f} GB for the backward pass; "
+        f"{ways} keeps less"
     )
 
 

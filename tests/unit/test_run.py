@@ -6,7 +6,7 @@ import pytest
 from dlrm_scale.data.open import open_source
 from dlrm_scale.errors import ConfigError, NoPlanError
 from dlrm_scale.training.ranks import Rank
-from dlrm_scale.training.run import answers, make_plan, oracle_metrics, prepare
+from dlrm_scale.training.run import _too_many_activations, answers, make_plan, oracle_metrics, prepare
 from dlrm_scale.training.run_folder import RunFolder
 from tests.support.configs import TINY, tiny_config
 from tests.unit.test_metrics import pairwise_auc
@@ -73,6 +73,15 @@ def test_a_model_that_fits_nowhere_is_sent_to_the_planner(cpu_rank):
     config = tiny_config(features={"tables": tables})
     with pytest.raises(NoPlanError, match=r"(?s)no sharding plan fits.*table user.*python -m tools.plan_sharding"):
         make_plan(config, cpu_rank)
+
+
+def test_a_replayed_plan_does_not_say_how_many_activations_there_are(tmp_path, cpu_rank):
+    small, large = tiny_config(), tiny_config(train={"global_batch_size": 2**24})
+    plan_of = {config.train.global_batch_size: make_plan(config, cpu_rank) for config in (small, large)}
+    cluster = plan_of[2**24].request.cluster
+    assert _too_many_activations(large, plan_of[small.train.global_batch_size], cluster)
+    for_large = plan_of[2**24].model_copy(update={"ranks": plan_of[small.train.global_batch_size].ranks})
+    assert _too_many_activations(small, for_large, cluster) is None
 
 
 @pytest.mark.parametrize(("samples", "told"), [(64, False), (2**24, True)])

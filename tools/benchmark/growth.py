@@ -1,7 +1,6 @@
 """`growth`: samples a second as the batch, the tables, their rows or the sequences grow; one plot each."""
 
 import argparse
-import os
 from collections.abc import Callable, Collection, Iterable, Sequence
 from html import escape
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from dlrm_scale.cluster import host_bytes
 from dlrm_scale.config import RunConfig
 from dlrm_scale.config_io import apply_override, parse_config, read_tree
 from dlrm_scale.errors import ConfigError, NoPlanError
@@ -122,8 +122,7 @@ def _limit(e: NoPlanError | NoMemoryError) -> str:
     """What is short, and of how much."""
     if isinstance(e, NoPlanError):
         return "; ".join(line.strip() for line in str(e).splitlines()[:2])  # the rest is how to make it fit
-    host_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return f"{e}; the machine has {host_bytes / 1e9:.1f} GB of host memory"
+    return f"{e}; the machine has {host_bytes() / 1e9:.1f} GB of host memory"
 
 
 def axes_of(args: argparse.Namespace) -> list[tuple[str, tuple[int, ...]]]:

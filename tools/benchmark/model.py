@@ -253,11 +253,11 @@ def show(result: dict[str, Any], console: Console) -> None:
         _show_expected(result, console)
         return
     about = f"on {result['device']}: ms p50, of a step p10..p90 too"
-    times = _grid(result, about, "forward", "step", "p10..p90", "over\nbase", "MFU")
-    limits = _grid(result, "what a step cannot go below, in ms", *LIMITS, "GB\nkept", "GB\npeak")
+    times = _grid(result, about, "forward", "step", "p10..p90", "speed over\nbase", "MFU")
+    limits = _grid(result, "ms of a step at the machine's peaks", *LIMITS, "GB\nkept", "GB\npeak")
     for row in result["rows"]:
         peak, mfu, step = row["peak_bytes"], row["mfu"], row["step_ms"]
-        over = "" if row["variant"] == BASE else f"{row['step_over_base']['median']:.2f}"
+        over = "" if row["variant"] == BASE else f"{1 / row['step_over_base']['median']:.2f}"
         times.add_row(
             *_what(row),
             in_digits(row["forward_ms"]["median"]),
