@@ -66,10 +66,10 @@ def _keep_inputs(ctx, inputs, output) -> None:
 
 
 def _gradients(ctx, grad_BNd):
-    bias1_K, bias2_d = ctx.saved_tensors[2], ctx.saved_tensors[5]
-    widths = [len(bias1_K)] * 2 + [len(bias2_d)] * 2
-    grad_tokens, grad_weight1, grad_weight2, sums_S = _backward(*ctx.saved_tensors, grad_BNd.contiguous())
-    of_bias1, of_scale1, of_bias2, of_scale2 = sums_S.split(widths)
+    inputs = ctx.saved_tensors  # once: under activation checkpointing it can be asked for no second time
+    hidden, dim = len(inputs[2]), len(inputs[5])
+    grad_tokens, grad_weight1, grad_weight2, sums_S = _backward(*inputs, grad_BNd.contiguous())
+    of_bias1, of_scale1, of_bias2, of_scale2 = sums_S.split([hidden, hidden, dim, dim])
     return grad_tokens, grad_weight1, of_bias1, of_scale1, grad_weight2, of_bias2, of_scale2
 
 

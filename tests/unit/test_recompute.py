@@ -31,7 +31,9 @@ def gradients(config: RunConfig) -> tuple[dict[str, torch.Tensor], int]:
     return {name: t.grad for name, t in found.items() if t.requires_grad}, counter.get_total_flops()
 
 
-@pytest.mark.parametrize("model", [{}, {"dropout": 0.3}, {"mode": "sole"}, {"mode": "sep", "num_layers": 3}], ids=str)
+@pytest.mark.parametrize(
+    "model", [{}, {"dim": 16}, {"dropout": 0.3}, {"mode": "sole"}, {"mode": "sep", "num_layers": 3}], ids=str
+)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("chunk_samples", [BATCH, BATCH // 3])
 def test_gradients_are_bitwise_those_without(monkeypatch, chunk_samples, precision, model):
