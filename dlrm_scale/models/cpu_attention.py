@@ -33,6 +33,9 @@ def _shape_of_result(qkv_BNR: Tensor) -> tuple[int, int, int]:
 
 def _call(function: str, qkv_BNR: Tensor, rotary_2Nf: Tensor, *tensors: Tensor, num_heads: int) -> None:
     (num_samples, num_tokens, columns), num_positions = qkv_BNR.shape, rotary_2Nf.shape[1]
+    lengths_B = tensors[0]
+    if lengths_B.shape != (num_samples,) or (num_samples and not 0 <= lengths_B.min() <= lengths_B.max() <= num_tokens):
+        raise ValueError(f"lengths are {lengths_B.tolist()}; they must be {num_samples} from 0 to {num_tokens}")
     sizes = (num_positions, num_samples, num_tokens, num_heads, columns // 3 // num_heads)
     call(SOURCE, function, (qkv_BNR, rotary_2Nf, *tensors), sizes)
 
@@ -67,12 +70,13 @@ def rotary_attention(qkv_BNR: Tensor, rotary_2Nf: Tensor, lengths_B: Tensor, num
     """
     num_tokens, columns = qkv_BNR.shape[1:]
     half = columns // 3 // num_heads // 2
-    if qkv_BNR.dtype != torch.bfloat16 or columns != 6 * half * num_heads or not rotary_2Nf.is_contiguous():
+    if qkv_BNR.dtype != torch.bfloat16 or columns != 6 * half * num_heads:
         raise ValueError(
             f"q, k, v: {qkv_BNR.dtype} of {columns} columns; they must be bf16 of 3 x {num_heads} even heads"
         )
-    if rotary_2Nf.shape[1] < num_tokens or rotary_2Nf.shape[2] != half:
+    fp32 = rotary_2Nf.dtype == torch.float32 and rotary_2Nf.is_contiguous()
+    if not fp32 or rotary_2Nf.shape[1] < num_tokens or rotary_2Nf.shape[2] != half:
         raise ValueError(
-            f"angles are of {tuple(rotary_2Nf.shape[1:])}, but there are {num_tokens} tokens of {half} pairs"
+            f"angles are of {tuple(rotary_2Nf.shape[1:])}, {rotary_2Nf.dtype}; they must be fp32, contiguous, of {num_tokens} tokens or more, {half} pairs"
         )
     return _forward(qkv_BNR.contiguous(), rotary_2Nf, lengths_B.long().contiguous(), num_heads)

@@ -90,6 +90,10 @@ def pffn_on_cpu(
         tensor.bfloat16().contiguous() for tensor in (tokens_BNd, weight1_BdK, weight2_BKd)
     )
     inputs = (tokens_BNd, weight1_BdK, bias1_K, scale1_K, weight2_BKd, bias2_d, scale2_d)
+    if any(
+        tensor.dtype != torch.float32 or not tensor.is_contiguous() for tensor in (bias1_K, scale1_K, bias2_d, scale2_d)
+    ):
+        raise ValueError("biases and scales must be fp32 and contiguous")
     shapes = [tuple(tensor.shape) for tensor in inputs[1:]]
     expected = [(num_samples, dim, hidden), (hidden,), (hidden,), (num_samples, hidden, dim), (dim,), (dim,)]
     if shapes != expected or not suits(dim, hidden):

@@ -155,8 +155,8 @@ struct Halves {  // a matrix of bf16; columns in whole LANES
       }
   }
 
-  static Four firsts(const Four& a, const Four& b) { return __builtin_shuffle(a, b, Four{0, 4, 1, 5}); }
-  static Four lasts(const Four& a, const Four& b) { return __builtin_shuffle(a, b, Four{2, 6, 3, 7}); }
+  static Four firsts(const Four& a, const Four& b) { return Four{a[0], b[0], a[1], b[1]}; }
+  static Four lasts(const Four& a, const Four& b) { return Four{a[2], b[2], a[3], b[3]}; }
 };
 
 }  // namespace

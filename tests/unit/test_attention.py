@@ -136,6 +136,14 @@ def test_the_kernel_of_cpus_reads_nothing_outside(qkv, num_positions):
         rotary_attention(qkv, rotary_table(num_positions, D // HEADS, 100.0), torch.tensor([5, 5]), HEADS)
 
 
+@pytest.mark.parametrize("lengths", [[5], [5, 6], [-1, 5]])
+def test_the_kernel_of_cpus_refuses_lengths_that_lead_outside(lengths):
+    with pytest.raises(ValueError, match=r"they must be 2 from 0 to 5"):
+        rotary_attention(
+            torch.zeros(2, 5, 3 * D).bfloat16(), rotary_table(5, D // HEADS, 100.0), torch.tensor(lengths), HEADS
+        )
+
+
 def test_the_operators_of_the_kernel_keep_torch_s_rules():
     qkv = torch.randn(2, N, 3 * D).bfloat16().requires_grad_()
     inputs = (qkv, rotary_table(N, D // HEADS, 100.0), torch.tensor([N, 3]), HEADS)

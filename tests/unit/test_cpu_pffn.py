@@ -62,6 +62,10 @@ def test_it_reads_nothing_outside():
         given[i] = wrong
         with pytest.raises(ValueError, match="weights, biases and scales are"):
             pffn_on_cpu(*given)
+    given = inputs()
+    given[6] = given[6].bfloat16()
+    with pytest.raises(ValueError, match="fp32 and contiguous"):
+        pffn_on_cpu(*given)
     with pytest.raises(ValueError, match="multiples of 16"):
         pffn_on_cpu(*inputs(dim=24))
 
