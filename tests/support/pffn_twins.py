@@ -24,7 +24,6 @@ def both(fused: Callable[..., Tensor], shape: Shape, device: str, bf16: bool) ->
     summary, tokens, grad = (
         torch.randn(num_samples, n, dim, generator=generator).to(device) for n in (NUM_SUMMARY, num_tokens, num_tokens)
     )
-    grad = grad.bfloat16().float()  # a kernel whose result is bf16 gets no other
     plain = run(pffn, summary, tokens, grad, bf16)
     pffn.fused = fused
     mine = run(pffn, summary, tokens, grad, bf16)
