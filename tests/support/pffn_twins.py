@@ -16,7 +16,8 @@ Shape = tuple[int, int, int, int]  # samples, tokens, d, K
 def both(fused: Callable[..., Tensor], shape: Shape, device: str, bf16: bool) -> tuple[Results, Results, Results]:
     """Outputs and all gradients of the kernel, of the plain twin, and of the twin in fp64, by name."""
     num_samples, num_tokens, dim, hidden = shape
-    generator = torch.manual_seed(0)
+    torch.manual_seed(0)  # of the weights
+    generator = torch.Generator().manual_seed(0)
     pffn = TwoLayerPFFN(NUM_SUMMARY, dim, hidden)
     for parameter in (pffn.bias1_K, pffn.bias2_d, pffn.norm1.weight, pffn.norm2.weight):
         parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
