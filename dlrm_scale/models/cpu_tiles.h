@@ -11,6 +11,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <new>
 #include <vector>
 
 #ifdef __AVX512BF16__
@@ -30,10 +31,12 @@ typedef float Quad __attribute__((vector_size(16), aligned(4)));
 typedef uint32_t Four __attribute__((vector_size(16), aligned(4)));
 typedef int32_t IntVec __attribute__((vector_size(LANES * 4), aligned(4)));
 typedef uint32_t Pairs __attribute__((vector_size(LANES * 4), aligned(4)));
+typedef uint64_t Longs __attribute__((vector_size(LANES * 4), aligned(4)));
 typedef uint16_t Bf16Vec __attribute__((vector_size(LANES * 2), aligned(2)));
 
 Vec& at(float* p) { return *reinterpret_cast<Vec*>(p); }
 const Vec& at(const float* p) { return *reinterpret_cast<const Vec*>(p); }
+Pairs& at(uint32_t* p) { return *reinterpret_cast<Pairs*>(p); }
 const Pairs& at(const uint32_t* p) { return *reinterpret_cast<const Pairs*>(p); }
 int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
 
@@ -60,6 +63,8 @@ Bf16Vec as_bf16(const Vec& x) {
 }
 
 void store_bf16(uint16_t* p, const Vec& x) { *reinterpret_cast<Bf16Vec*>(p) = as_bf16(x); }
+
+Vec swap_pairs(const Vec& x) { return (Vec)((Longs)x << 32 | (Longs)x >> 32); }  // neighbours
 
 float sum_of(const Vec& x) {
   Quad sums = {};
@@ -88,19 +93,23 @@ Vec multiply_add(const Vec& sums, uint32_t a, const Pairs& b) {  // both product
 #endif
 }
 
+// All loops over the tile are unrolled, or GCC leaves its sums in memory.
 template <int W, bool ADD>
 void tile(float* c, int64_t ldc, const uint32_t* a, int64_t row, int64_t step, const uint32_t* b, int64_t ldb, int64_t k) {
-  Vec sums[ROWS][W] = {};
+  Vec sums[ROWS][W];
+#pragma GCC unroll 8
+  for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 2
+    for (int w = 0; w < W; ++w) sums[r][w] = ADD ? at(c + r * ldc + w * LANES) : Vec{};
   for (int64_t p = 0; p < k; ++p)
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 2
       for (int w = 0; w < W; ++w) sums[r][w] = multiply_add(sums[r][w], a[r * row + p * step], at(b + p * ldb + w * LANES));
+#pragma GCC unroll 8
   for (int r = 0; r < ROWS; ++r)
-    for (int w = 0; w < W; ++w) {
-      Vec& out = at(c + r * ldc + w * LANES);
-      out = ADD ? out + sums[r][w] : sums[r][w];
-    }
+#pragma GCC unroll 2
+    for (int w = 0; w < W; ++w) at(c + r * ldc + w * LANES) = sums[r][w];
 }
 
 // C (m, n) = or += A (m, k) B (k, n), k in pairs; m in whole ROWS, n in whole LANES; A's pair (i, p) stands at i * row + p * step.
@@ -114,16 +123,34 @@ void product(float* c, int64_t ldc, const uint32_t* a, int64_t row, int64_t step
   }
 }
 
+// Memory that starts with a cache line, so that no vector of a row in whole LANES reaches over two.
+template <typename T>
+struct Aligned {
+  using value_type = T;
+  static constexpr std::align_val_t LINE{64};
+  Aligned() = default;
+  template <typename U>
+  Aligned(const Aligned<U>&) {}
+  T* allocate(size_t count) { return static_cast<T*>(::operator new(count * sizeof(T), LINE)); }
+  void deallocate(T* values, size_t) { ::operator delete(values, LINE); }
+  bool operator==(const Aligned&) const { return true; }
+  bool operator!=(const Aligned&) const { return false; }
+};
+
+template <typename T>
+using Values = std::vector<T, Aligned<T>>;
+
 struct Matrix {  // of fp32
   int64_t columns;
-  std::vector<float> values;
+  Values<float> values;
   Matrix(int64_t rows, int64_t columns) : columns(columns), values(rows * columns) {}
   float* row(int64_t i) { return values.data() + i * columns; }
+  const float* row(int64_t i) const { return values.data() + i * columns; }
 };
 
 struct Halves {  // a matrix of bf16; columns in whole LANES
   int64_t columns;
-  std::vector<uint32_t> across, down, flipped;  // flipped: of the transposed matrix, down
+  Values<uint32_t> across, down, flipped;  // flipped: of the transposed matrix, down
   Halves(int64_t rows, int64_t columns)
       : columns(columns), across(rows * columns / 2), down(rows * columns / 2), flipped(rows * columns / 2) {}
   uint16_t* row(int64_t i) { return reinterpret_cast<uint16_t*>(across.data()) + i * columns; }

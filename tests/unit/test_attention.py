@@ -97,6 +97,17 @@ def test_the_kernel_of_cpus_equals_the_plain_twin(lengths, heads, head_dim):
         assert result.masked_select(~valid_BN1).eq(0).all()
 
 
+def test_many_equal_weights_are_not_rounded_before_they_are_summed():
+    """1 / 300 in bf16 is off by the same part for each key, which no sum evens out."""
+    torch.manual_seed(0)
+    num_keys, width = 300, D // HEADS
+    values = torch.randn(1, num_keys, D).bfloat16()
+    qkv = torch.cat((torch.zeros(1, num_keys, 2 * D).bfloat16(), values), dim=2)
+    out = rotary_attention(qkv, rotary_table(num_keys, width, 100.0), torch.tensor([num_keys]), HEADS)
+    rounded_once = values.double().mean(1, keepdim=True).bfloat16().expand_as(out)
+    torch.testing.assert_close(out, rounded_once, atol=0, rtol=2**-14)
+
+
 def test_the_kernel_of_cpus_is_its_own_twin_in_other_threads():
     torch.manual_seed(0)
     qkv, rotary = torch.randn(50, N, 3 * D).bfloat16(), rotary_table(N, D // HEADS, 100.0)
