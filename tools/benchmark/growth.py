@@ -8,10 +8,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from dlrm_scale.cluster import host_bytes
 from dlrm_scale.config import RunConfig
 from dlrm_scale.config_io import apply_override, parse_config, read_tree
 from dlrm_scale.errors import ConfigError, NoPlanError
+from dlrm_scale.host import host_bytes
 from dlrm_scale.tuning.trial import short
 from tools.benchmark.cluster import positive
 from tools.benchmark.ranks import NoMemoryError
