@@ -185,5 +185,11 @@ def _run_dir(config: RunConfig) -> Path:
     return Path(config.output.dir.replace("{name}", config.name).replace("{time}", started))
 
 
+def how_to_go_on(config: RunConfig, run_dir: Path) -> str:
+    """What trains on from the newest checkpoint; where {time} names the folder that holds it, the same command begins anew."""
+    begins_anew = "{time}" in config.output.dir and "{run}" in config.checkpoint.dir
+    return f"the same command with output.dir={run_dir}" if begins_anew else "the same command"
+
+
 def _plain(config: RunConfig) -> dict[str, Any]:
     return config.model_dump(mode="json")
