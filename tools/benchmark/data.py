@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
 from dlrm_scale.config import RunConfig, check_num_ranks
 from dlrm_scale.config_io import load_config
@@ -18,6 +17,7 @@ from dlrm_scale.data.order import Order
 from dlrm_scale.data.source import Rows, Source
 from tools.benchmark.cluster import positive
 from tools.benchmark.plain_reading import plain_batches
+from tools.benchmark.tables import table_of
 from tools.benchmark.timing import Case, Spread, spread, time_interleaved
 
 PARTS = {"read": "read, decode, check", "shuffle": "windows, shuffle", "batch": "cut into batches"}
@@ -184,9 +184,7 @@ def summary(passes: list[Pass], loader: list[Pass]) -> dict[str, Any]:
 # ------------------------------------------------------------ to read
 def show(result: dict[str, Any], console: Console) -> None:
     title = f"{result['config']}: {result['rows']:,} rows a round, {result['rounds']} rounds: median (p10..p90)"
-    grid = Table(title=title, title_justify="left")
-    for column in ("", "rows/s a core", "wall clock", "over loader"):
-        grid.add_column(column, justify="right" if column else "left", no_wrap=True)
+    grid = table_of(title, "rows/s a core", "wall clock", "over loader")
     for name, found in result["readings"].items():
         of_loader = _range(Spread(**found["over_loader"]), ".2f") if name != "loader" else ""
         wall = f"{found['rows_per_s']['median']:,.0f}"

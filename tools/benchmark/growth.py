@@ -6,7 +6,6 @@ from html import escape
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from dlrm_scale.config import RunConfig
 from dlrm_scale.config_io import apply_override, parse_config, read_tree
@@ -15,6 +14,7 @@ from dlrm_scale.host import host_bytes
 from dlrm_scale.tuning.trial import short
 from tools.benchmark.cluster import positive
 from tools.benchmark.ranks import NoMemoryError
+from tools.benchmark.tables import table_of
 from tools.benchmark.train import Variant, measure_here, spread, telling
 from tools.charts import Axis, Dot, chart, page
 
@@ -207,9 +207,8 @@ def _write(path: str, text: str, mode: str = "w") -> None:
 
 
 def show(result: dict[str, Any], console: Console) -> None:
-    grid = Table(title=f"{result['config']}, {result['repeats']} repeats: median (least to most)", title_justify="left")
-    for column in ("", "size", "samples/s", "GB a rank"):
-        grid.add_column(column, justify="right" if column else "left")
+    title = f"{result['config']}, {result['repeats']} repeats: median (least to most)"
+    grid = table_of(title, "size", "samples/s", "GB a rank")
     for cell in result["cells"]:
         speed = cell.get("samples_per_s")
         told = f"{speed['median']:,.0f} ({speed['least']:,.0f}..{speed['most']:,.0f})" if speed else ""
