@@ -60,7 +60,7 @@ def test_limits_of_the_dense_arch():
         assert words.count(figure) >= 2
 
 
-def test_training_of_long_names():
+def trained(names, repeats):
     run = {
         "mfu": {"fp32": 0.551},
         "mbu": 0.123,
@@ -75,9 +75,13 @@ def test_training_of_long_names():
         "over_base": {"median": 0.914, "least": 0.853, "most": 0.951},
         "runs": [run],
     }
+    result = {"config": CONFIG, "steps": 40, "repeats": repeats, "trace": None, "costliest": None}
+    return {**result, "variants": dict.fromkeys(names, of_variant)}
+
+
+def test_training_of_long_names():
     names = (train.BASE, "without data", "stock TorchRec, 2 ranks of 1 thread, our allocator", LONG)
-    result = {"config": CONFIG, "steps": 40, "repeats": 5, "trace": None, "costliest": None}
-    words = shown(train.show, {**result, "variants": dict.fromkeys(names, of_variant)})
+    words = shown(train.show, trained(names, repeats=5))
     for figure in ("1,234,567", "12,558", "13,600", "55.1%", "12.3%", "23.5"):
         assert words.count(figure) == len(names)
     assert words.count("0.91") == words.count("(0.85..0.95)") == len(names) - 1
@@ -99,6 +103,16 @@ def test_growth_with_sizes():
              for axis in growth.AXES]  # fmt: skip
     words = shown(growth.show, {"config": CONFIG, "repeats": 3, "cells": cells, "html": None})
     assert words.count("(1,123,456..1,345,678)") == words.count("23.40") == 4
+
+
+def test_a_single_repeat_has_no_range():
+    speed = {"median": 1_234_567.0, "least": 1_234_567.0, "most": 1_234_567.0}
+    cell = {"axis": "rows", "size": 7, "does_not_fit": None, "samples_per_s": speed, "host_gb_a_rank": 23.4}
+    grown = {"config": CONFIG, "repeats": 1, "cells": [cell], "html": None}
+    for words in (shown(train.show, trained((train.BASE, "fast"), repeats=1)), shown(growth.show, grown)):
+        text = " ".join(words)
+        assert " 1 repeat" in text and "repeats" not in text and ".." not in text and "edian" not in text.split("─")[0]
+        assert "1,234,567" in words
 
 
 @pytest.mark.parametrize(

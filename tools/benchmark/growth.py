@@ -14,7 +14,7 @@ from dlrm_scale.host import host_bytes
 from dlrm_scale.tuning.trial import short
 from tools.benchmark.cluster import positive
 from tools.benchmark.ranks import NoMemoryError
-from tools.benchmark.tables import table_of
+from tools.benchmark.tables import counted, table_of, with_range
 from tools.benchmark.train import Variant, measure_here, spread, telling
 from tools.charts import Axis, Dot, chart, page
 
@@ -167,7 +167,7 @@ def plots(result: dict[str, Any]) -> list[str]:
     """Parts of a page: for each axis one plot, and which sizes do not fit."""
     parts = [
         f"<h1>{escape(result['config'])} {escape(' '.join(result['changes']))}: samples a second as it grows</h1>",
-        f"<p>Dots are medians of {result['repeats']} repeats, bars reach from the least to the most. Both axes are logarithmic.</p>",
+        f"<p>Dots are medians of {counted(result['repeats'], 'repeat')}, bars reach from the least to the most. Both axes are logarithmic.</p>",
     ]
     for axis, (_, name, _) in AXES.items():
         cells = [cell for cell in result["cells"] if cell["axis"] == axis]
@@ -207,11 +207,12 @@ def _write(path: str, text: str, mode: str = "w") -> None:
 
 
 def show(result: dict[str, Any], console: Console) -> None:
-    title = f"{result['config']}, {result['repeats']} repeats: median (least to most)"
-    grid = table_of(title, "size", "samples/s", "GB a rank")
+    repeats = result["repeats"]
+    medians = ": median (least to most)" if repeats > 1 else ""
+    grid = table_of(f"{result['config']}, {counted(repeats, 'repeat')}{medians}", "size", "samples/s", "GB a rank")
     for cell in result["cells"]:
         speed = cell.get("samples_per_s")
-        told = f"{speed['median']:,.0f} ({speed['least']:,.0f}..{speed['most']:,.0f})" if speed else ""
+        told = with_range(speed, ",.0f", repeats) if speed else ""
         if cell["does_not_fit"]:
             told += " does not fit"  # it may have, in an earlier repeat
         grid.add_row(cell["axis"], f"{cell['size']:,}", told, f"{cell['host_gb_a_rank']:.2f}" if speed else "")

@@ -28,7 +28,7 @@ from tools.benchmark.cluster import positive
 from tools.benchmark.ranks import run_on_ranks
 from tools.benchmark.roofline import Work, as_read, count_work, precision_of
 from tools.benchmark.stock_loop import check, measure_stock
-from tools.benchmark.tables import in_digits, table_of
+from tools.benchmark.tables import counted, in_digits, table_of, with_range
 from tools.benchmark.train_ranks import SKIPS, TRAIN_SILENCE_SECONDS, RankRun, measure_training, trace_training
 
 BASE, STOCK = "base", "stock TorchRec"
@@ -173,10 +173,7 @@ def stock_variant(args: argparse.Namespace, launch: Sequence[str]) -> Variant:
     check(plain.config)
     if not launch:
         return plain
-    ranks, threads = (
-        f"{plain.ranks} rank{'s' * (plain.ranks > 1)}",
-        f"{plain.threads} thread{'s' * (plain.threads > 1)}",
-    )
+    ranks, threads = counted(plain.ranks, "rank"), counted(plain.threads, "thread")
     return replace(plain, name=f"{STOCK}, {ranks} of {threads}{', our allocator' * ours}")
 
 
@@ -281,8 +278,10 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 # ------------------------------------------------------------ to read
 def show(result: dict[str, Any], console: Console) -> None:
-    title = f"{result['config']}, {result['steps']} steps, {result['repeats']} repeats: medians, of ratios least..most; GB: host, a rank"
-    grid = table_of(title, "samples/s", "over base", "ms p50 / p90", "MFU", "MBU", "GB")
+    repeats = result["repeats"]
+    about = f"{result['config']}, {counted(result['steps'], 'step')}, {counted(repeats, 'repeat')}"
+    medians = ": medians, of ratios least..most" if repeats > 1 else ""
+    grid = table_of(f"{about}{medians}; GB: host, a rank", "samples/s", "over base", "ms p50 / p90", "MFU", "MBU", "GB")
     for name, found in result["variants"].items():
         speed, ratio, runs = found["samples_per_s"], found["over_base"], found["runs"]
         mfu = _median(run["mfu"].get(run["precision"]) for run in runs)
@@ -290,7 +289,7 @@ def show(result: dict[str, Any], console: Console) -> None:
         grid.add_row(
             name,
             f"{speed['median']:,.0f}",
-            "" if name == BASE else f"{ratio['median']:.2f} ({ratio['least']:.2f}..{ratio['most']:.2f})",
+            "" if name == BASE else with_range(ratio, ".2f", repeats),
             f"{in_digits(p50)} / {in_digits(p90)}",
             "-" if mfu is None else f"{mfu:.1%}",
             f"{_median(run['mbu'] for run in runs):.1%}",
