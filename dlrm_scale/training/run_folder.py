@@ -12,6 +12,7 @@ from dlrm_scale.config import RunConfig
 from dlrm_scale.config_io import dump_config, fingerprint, leaves, load_config
 from dlrm_scale.errors import ConfigError
 from dlrm_scale.training.report import append_line
+from dlrm_scale.whole_files import write_whole
 
 STARTED = "DLRM_SCALE_STARTED"  # YYYYmmdd-HHMMSS, set by the launcher: {time} is the same in every attempt
 LOCK, CONFIG, RECORD, LEFT_OUT = ".lock", "config.yaml", "record.json", "left_out_steps.json"
@@ -165,16 +166,6 @@ def decides_learning(key: str) -> bool:
         return any(key == section or key.startswith(f"{section}.") for section in sections)
 
     return within(MUST_AGREE) or not within(MAY_DIFFER)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Under a temporary name first: the file is there whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    temporary.replace(path)
 
 
 def _run_dir(config: RunConfig) -> Path:
