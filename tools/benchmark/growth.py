@@ -16,11 +16,11 @@ from dlrm_scale.errors import ConfigError, NoPlanError
 from dlrm_scale.host import host_bytes
 from dlrm_scale.tuning.trial import short
 from dlrm_scale.whole_files import write_whole
-from tools.benchmark.cluster import positive
 from tools.benchmark.ranks import NoMemoryError
 from tools.benchmark.tables import counted, table_of, with_range
 from tools.benchmark.train import Variant, measure_here, spread, telling
 from tools.charts import Axis, Dot, chart, page
+from tools.commands import positive
 
 Tree = dict[str, Any]
 
