@@ -1,6 +1,5 @@
 """ClusterSpec: the machines a plan is made for, each number with the place it comes from."""
 
-import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -8,10 +7,10 @@ from pydantic import Field, model_validator
 
 from dlrm_scale.config_io import parse_tree, read_tree
 from dlrm_scale.errors import ConfigError
+from dlrm_scale.host import host_bytes
 from dlrm_scale.strict import Strict
 
 CLUSTERS = Path("configs/clusters")  # relative to the working directory, as configurations are
-CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 SOURCES = "datasheet: ..., measured: ..., reported ... or guess: ..."
 
 
@@ -163,15 +162,6 @@ def check_ranks(cluster: ClusterSpec, named: str, num_ranks: int, ranks_per_host
             f"sharding.cluster is {named}, which is not of these ranks: {'; '.join(wrong)}; name the cluster that the job runs on, "
             "or leave sharding.cluster out (bandwidths are guessed then)"
         )
-
-
-def host_bytes() -> int:
-    """The machine's memory, or a container's limit (cgroup v2) where that is less."""
-    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        return min(physical, int(CGROUP_LIMIT.read_text()))
-    except (OSError, ValueError):  # no cgroup v2, or the limit is "max"
-        return physical
 
 
 def this_cluster(num_ranks: int, ranks_per_host: int, device: Literal["cpu", "cuda"]) -> ClusterSpec:

@@ -139,7 +139,7 @@ def main(argv: list[str]) -> int:
         causes = stop.agent.causes(error.failures)
         code = _shell_code(causes[0][1].exitcode)
         if code == EXIT_RESUME:
-            print(f"Stopped as asked (exit code {code}); the same command goes on.", file=sys.stderr)
+            print(f"Stopped as asked (exit code {code}); rank 0 says how to go on.", file=sys.stderr)
             return code
         if stop.signal is None or code not in (128 + stop.signal, 128 + signal.SIGKILL):
             print(_summary(causes), file=sys.stderr)

@@ -3,7 +3,7 @@
     torchx run -s local_cwd launchers/torchx_component.py:train --config configs/quickstart.yaml --nproc 2
 
 Each replica is one machine and runs launchers/torchrun.sh, so that a job behaves the same however it is started. A job that
-ends with exit code 75 has saved and may be started again by the same command; TorchX shows it as FAILED and does not do it.
+ends with exit code 75 has saved; started again on the same output.dir it goes on. TorchX shows it as FAILED and does not do it.
 """
 
 import shlex

@@ -45,6 +45,12 @@ def run_tool(
     return result.get("exit_code", 0)
 
 
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, but is {text}")
+    return int(text)
+
+
 def build_parser(package: str, about: str, commands: Mapping[str, str], chosen: str | None) -> argparse.ArgumentParser:
     """Only the chosen command's module is loaded: some take seconds."""
     parser = argparse.ArgumentParser(

@@ -112,7 +112,10 @@ class Saver:
             self.thread.join()
 
     def _way_out(self) -> str:
-        return f"make {self.folder.path} writable, with room, and start the same command again: it goes on from the newest checkpoint there"
+        return (
+            f"make {self.folder.path} writable, with room, and start the same command again with this run's output.dir: it goes on "
+            "from the newest checkpoint there"
+        )
 
     def _copy(self, parts: list[Part]) -> list[Part]:
         """The parts in host memory, in buffers that the next save uses again."""

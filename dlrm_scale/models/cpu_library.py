@@ -4,7 +4,6 @@ import ctypes
 import functools
 import os
 import platform
-import shlex
 import subprocess
 import tempfile
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dlrm_scale.errors import UserError
+from dlrm_scale.host import cpp_compiler
 
 FLAGS = "-std=c++17 -O3 -march=native -ffp-contract=fast -fno-math-errno -fno-trapping-math -fno-strict-aliasing -fopenmp -shared -fPIC".split()
 # Rows of heads are shorter than the widest registers, which GCC would take for them and then not fill: 15 % slower.
@@ -26,12 +26,12 @@ class NoCompilerError(UserError):
 @functools.cache
 def load_library(source: str) -> ctypes.CDLL:
     """Of a file in this folder. Raises NoCompilerError."""
-    compiler = os.environ.get("CXX", "c++")
-    named = ", which CXX names" if "CXX" in os.environ else ""
+    words = cpp_compiler()
+    compiler, named = " ".join(words), ", which CXX names" if os.environ.get("CXX") else ""
     with tempfile.TemporaryDirectory() as folder:
         library = f"{folder}/kernel.so"
         flags = [*FLAGS, *(X86_FLAGS if platform.machine() in ("x86_64", "AMD64") else [])]
-        command = [*shlex.split(compiler), *flags, str(Path(__file__).with_name(source)), "-o", library]
+        command = [*words, *flags, str(Path(__file__).with_name(source)), "-o", library]
         try:
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
             return ctypes.CDLL(library)

@@ -41,7 +41,7 @@ from dlrm_scale.training.ranks import Rank, from_first_rank, process_group, this
 from dlrm_scale.training.readers import EvalReader, TrainReader
 from dlrm_scale.training.report import print_end, print_start, record_line, run_record
 from dlrm_scale.training.result import TrainResult
-from dlrm_scale.training.run_folder import RunFolder, refuse_differences
+from dlrm_scale.training.run_folder import RunFolder, how_to_go_on, refuse_differences
 from dlrm_scale.training.state import seed_generators
 from dlrm_scale.training.trainer import Trainer
 
@@ -294,7 +294,8 @@ def _train_model(job: Job, plan: Plan, checkpoints: RunCheckpoints, board: Board
     if result.preempted:
         dist.barrier()  # no rank ends, and has the launcher end the others, before all have saved
         job.tell(
-            f"stopped as asked after step {result.num_steps} of {train_reader.num_steps}; the same command goes on from it"
+            f"stopped as asked after step {result.num_steps} of {train_reader.num_steps}; to go on from it: "
+            + how_to_go_on(config, job.prepared.run_dir)
         )
         return result
     memory: list[dict[str, int]] | None = [{}] * rank.world_size if rank.is_first else None

@@ -12,6 +12,7 @@ from dlrm_scale.config import RunConfig
 from dlrm_scale.config_io import dump_config, fingerprint, leaves, load_config
 from dlrm_scale.errors import ConfigError
 from dlrm_scale.training.report import append_line
+from dlrm_scale.whole_files import write_whole
 
 STARTED = "DLRM_SCALE_STARTED"  # YYYYmmdd-HHMMSS, set by the launcher: {time} is the same in every attempt
 LOCK, CONFIG, RECORD, LEFT_OUT = ".lock", "config.yaml", "record.json", "left_out_steps.json"
@@ -167,22 +168,18 @@ def decides_learning(key: str) -> bool:
     return within(MUST_AGREE) or not within(MAY_DIFFER)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Under a temporary name first: the file is there whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    temporary.replace(path)
-
-
 def _run_dir(config: RunConfig) -> Path:
     unknown = set(re.findall(r"{.*?}", config.output.dir)) - {"{name}", "{time}"}
     if unknown:
         raise ConfigError(f"output.dir has {', '.join(sorted(unknown))}; what is filled in is {{name}} and {{time}}")
     started = os.environ.get(STARTED) or datetime.now().strftime("%Y%m%d-%H%M%S")
     return Path(config.output.dir.replace("{name}", config.name).replace("{time}", started))
+
+
+def how_to_go_on(config: RunConfig, run_dir: Path) -> str:
+    """What trains on from the newest checkpoint; where {time} names the folder that holds it, the same command begins anew."""
+    begins_anew = "{time}" in config.output.dir and "{run}" in config.checkpoint.dir
+    return f"the same command with output.dir={run_dir}" if begins_anew else "the same command"
 
 
 def _plain(config: RunConfig) -> dict[str, Any]:

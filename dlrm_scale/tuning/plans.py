@@ -1,16 +1,25 @@
-"""Plans and dense traces of many configurations that share most of their parts, each found once."""
+"""Plans and dense traces of many configurations that share most of their parts, each found once.
+
+PyTorch is imported where a model is traced, and nowhere else: it takes seconds, which a wrong key need not wait for.
+"""
+
+from __future__ import annotations
 
 import hashlib
 import json
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from dlrm_scale.cluster import ClusterSpec
 from dlrm_scale.config import RunConfig
 from dlrm_scale.config_io import fingerprint
 from dlrm_scale.errors import NoPlanError
-from dlrm_scale.models.dense_trace import DenseTrace, Device, count_flops, trace_dense
+from dlrm_scale.libraries import loading_libraries
 from dlrm_scale.sharding.plan import Plan, plan_request
 from dlrm_scale.sharding.planner import find_plan
+
+if TYPE_CHECKING:
+    from dlrm_scale.models.dense_trace import DenseTrace, Device
 
 ROUNDS = 50  # of the search: at most 0.1 % above the full search's score where tried, in a tenth of its time
 TRACED_BATCHES = (64, 128)
@@ -59,6 +68,8 @@ class Plans:
         parts.append(config.train.activation_checkpointing)
         key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
         if key not in self._traces:
+            with loading_libraries():
+                from dlrm_scale.models.dense_trace import count_flops, trace_dense
             each = [config.train.model_copy(update={"precision": p}) for p in PRECISIONS]
             traces = tuple(trace_dense(config.model_copy(update={"train": t}), batch_size, device) for t in each)
             self._traces[key] = traces, sum(count_flops(config, batch_size))

@@ -98,8 +98,8 @@ def test_sigterm_to_the_launcher_stops_the_job_to_be_started_again(start):
     job.process.send_signal(signal.SIGTERM)
     code, output, errors = job.end(timeout=30)
     assert code == EXIT_RESUME, errors
-    assert "stopped as asked after step" in output
-    assert errors == "Stopped as asked (exit code 75); the same command goes on.\n"
+    assert f"; to go on from it: the same command with output.dir={job.run_dirs[0]}\n" in output
+    assert errors == "Stopped as asked (exit code 75); rank 0 says how to go on.\n"
     assert not (job.folder / "records.jsonl").read_text()
     assert audit_data.main([str(job.run_dirs[0])]) == 0
 

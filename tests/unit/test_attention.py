@@ -181,6 +181,11 @@ def test_without_a_compiler_it_says_so_and_runs_pytorch_s(monkeypatch, fresh_lib
     assert all(layer.attention.attend is plain_attention for layer in model.dense.arch.sequences)
 
 
+def test_a_compiler_of_two_words_compiles(monkeypatch, fresh_library):
+    monkeypatch.setenv("CXX", "env c++")
+    load_library(SOURCE)
+
+
 def test_planning_compiles_nothing_and_says_nothing(monkeypatch, fresh_library):
     monkeypatch.setenv("CXX", "no_such_compiler")
     with warnings.catch_warnings():

@@ -10,8 +10,8 @@ from dlrm_scale.sharding.plan import plan_request
 from dlrm_scale.sharding.planner import find_plan
 from tests.support.configs import TINY, tiny_config
 from tools.benchmark import communication
-from tools.benchmark.communication import exchanges
-from tools.benchmark.train_ranks import TRAIN_SILENCE_SECONDS
+from tools.benchmark.communication_ranks import Exchange, Measured, exchanges
+from tools.benchmark.ranks import TRAIN_SILENCE_SECONDS
 
 TYPES = {"user": "row_wise", "tag": "column_wise", "item": "row_wise", "category": "table_wise"}
 
@@ -51,8 +51,8 @@ def test_a_step_makes_the_exchanges_of_all_its_micro_batches(tmp_path, monkeypat
 
     def ranks(work, arguments, *_, silence_seconds, **__):
         asked["silence"] = silence_seconds
-        exchange = communication.Exchange("dense gradients", "all-reduce", 99, "bf16")
-        return [([communication.Measured(exchange, {"bf16": 198}, {"fp32": 9.0, "bf16": 5.0})], 100.0)]
+        exchange = Exchange("dense gradients", "all-reduce", 99, "bf16")
+        return [([Measured(exchange, {"bf16": 198}, {"fp32": 9.0, "bf16": 5.0})], 100.0)]
 
     monkeypatch.setattr(communication, "run_on_ranks", ranks)
     changes = ["train.accumulate_steps=4"]

@@ -9,7 +9,8 @@ from dlrm_scale.config import RunConfig
 from dlrm_scale.config_io import parse_config
 from dlrm_scale.data.open import open_source
 from tests.support.configs import tiny_config
-from tools.benchmark.data import Pass, read_once, read_plainly, summary
+from tools.benchmark.data import summary
+from tools.benchmark.data_reading import Pass, read_once, read_plainly
 from tools.benchmark.plain_reading import plain_batches
 
 

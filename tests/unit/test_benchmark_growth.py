@@ -1,7 +1,9 @@
 """The growth benchmark without ranks: what grows, sizes that do not fit, and the plots."""
 
 import argparse
+import json
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,13 +13,21 @@ from dlrm_scale.errors import ConfigError, NoPlanError
 from tools.benchmark import growth
 from tools.benchmark.ranks import NoMemoryError
 from tools.charts import Axis
+from tools.commands import PLAIN
 
-CONSOLE = Console(stderr=True)
+CONSOLE = Console(stderr=True, **PLAIN)
+
+
+@pytest.fixture(autouse=True)
+def working_folder(tmp_path, monkeypatch):
+    """Results go to runs/ of it."""
+    (tmp_path / "configs").symlink_to(Path("configs").resolve())
+    monkeypatch.chdir(tmp_path)
 
 
 def arguments(**options: Any) -> argparse.Namespace:
     defaults = {"config": "configs/quickstart.yaml", "changes": [], "axis": None, "nproc": 2, "threads": 1, "steps": 8}
-    return argparse.Namespace(**{**defaults, "repeats": 2, "html": None, **options})
+    return argparse.Namespace(**{**defaults, "repeats": 2, "out": None, "html": None, **options})
 
 
 @pytest.fixture
@@ -63,10 +73,35 @@ def test_sizes_are_those_asked_for(measured):
     assert measured == ["batch 64", "batch 128", "rows 500"]
 
 
-def test_a_page_that_cannot_be_written_is_refused_before_anything_is_measured(measured, tmp_path):
-    with pytest.raises(ConfigError, match="name another place: --html"):
-        growth.run(arguments(html=str(tmp_path / "none" / "growth.html")), CONSOLE)
+@pytest.mark.parametrize("option", ["out", "html"])
+def test_what_cannot_be_written_is_refused_before_anything_is_measured(measured, tmp_path, option):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=f"name another place: --{option}"):
+        growth.run(arguments(**{option: str(tmp_path / "file" / "growth")}), CONSOLE)
     assert measured == []
+
+
+def test_a_call_that_is_ended_leaves_the_result_of_what_it_measured(measured, monkeypatch, capsys):
+    """The fourth measurement is interrupted: of two sizes two repeats are wanted, of the second one is there."""
+    measure = growth.measure_here
+
+    def interrupted(variant, tell):
+        if len(measured) == 3:
+            raise KeyboardInterrupt
+        return measure(variant, tell)
+
+    monkeypatch.setattr(growth, "measure_here", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        growth.run(arguments(axis=[["batch", "64", "128"]], html="growth.html"), CONSOLE)
+    [out] = Path("runs").iterdir()
+    result = json.loads(out.read_text())
+    assert [(cell["size"], cell["repeats"]) for cell in result["cells"]] == [(64, 2), (128, 1)]
+    assert result["cells"][0]["samples_per_s"] == {"median": 1002.0, "least": 1001.0, "most": 1003.0}
+    page = Path("growth.html").read_text()
+    assert "2 repeats" in page and "1 repeat<" in page
+    told = capsys.readouterr().err.splitlines()
+    assert f"the result so far is always in {out} and growth.html" in told
+    assert told[-1] == "3 of 4: batch 64, 2 of 2: 1,003 samples/s"
 
 
 @pytest.mark.parametrize(

@@ -17,9 +17,10 @@ from dlrm_scale.training.readers import TrainReader
 from tests.support.configs import TINY, tiny_config
 from tests.support.model_inputs import random_batch, run_config
 from tools.benchmark import train, train_ranks
-from tools.benchmark.roofline import Peaks, as_read, count_work, embedding_bytes
-from tools.benchmark.stock_loop import check
-from tools.benchmark.train import BASE, figures, other_commit, summary, variants_of
+from tools.benchmark.peaks import Peaks
+from tools.benchmark.ranks import TRAIN_SILENCE_SECONDS
+from tools.benchmark.roofline import as_read, count_work, embedding_bytes
+from tools.benchmark.train import BASE, check_stock, figures, other_commit, summary, variants_of
 from tools.benchmark.train_ranks import CountingReader, RankRun
 
 PLAIN = {
@@ -150,7 +151,7 @@ def test_a_variant_that_cannot_be_is_refused(tmp_path, variant, message):
 def test_stock_is_refused_for_what_torchrec_has_no_model_of(tmp_path):
     with pytest.raises(ConfigError, match=r"it needs model\.arch dlrm or dlrm_dcnv2"):
         variants_of(arguments(tmp_path, stock=[[]]))
-    check(plain_config())
+    check_stock(plain_config())
     more = (
         {"sparse": {"name": "sgd"}},
         {"accumulate_steps": 2},
@@ -159,7 +160,7 @@ def test_stock_is_refused_for_what_torchrec_has_no_model_of(tmp_path):
     )
     for changes in more:  # a plain loop would leave them out, and look faster
         with pytest.raises(ConfigError, match="in a plain loop"):
-            check(plain_config(**changes))
+            check_stock(plain_config(**changes))
 
 
 def test_stock_is_launched_as_asked(tmp_path, monkeypatch):
@@ -176,7 +177,7 @@ def test_stock_is_launched_as_asked(tmp_path, monkeypatch):
     for variant in found:
         with pytest.raises(InterruptedError):
             variant.measure(variant, print)
-    seconds = train_ranks.TRAIN_SILENCE_SECONDS
+    seconds = TRAIN_SILENCE_SECONDS
     assert dict(zip((v.name for v in found), calls, strict=True)) == {
         "stock TorchRec": (2, 1, True, seconds),
         "stock TorchRec, 1 rank of 2 threads": (1, 2, True, seconds),

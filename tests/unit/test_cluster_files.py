@@ -1,13 +1,11 @@
 """Cluster files: those of configs/clusters, and what is said of a file that is none."""
 
-import os
 import re
 from pathlib import Path
 
 import pytest
 import yaml
 
-from dlrm_scale import cluster
 from dlrm_scale.cluster import CLUSTERS, ClusterSpec, Figure, load_cluster
 from dlrm_scale.errors import ConfigError
 
@@ -109,13 +107,3 @@ def test_a_path_that_cannot_be_read_is_named(tmp_path):
     for name, why in (("folder.yaml", "Is a directory"), ("nowhere.yaml", "No such file")):
         with pytest.raises(ConfigError, match=rf"cannot read the cluster .*{name}: {why}"):
             load_cluster(str(tmp_path / name))
-
-
-@pytest.mark.parametrize(("limit", "expected"), [("1000000\n", 1_000_000), ("max\n", None), (None, None)])
-def test_a_container_s_limit_is_its_memory(tmp_path, monkeypatch, limit, expected):
-    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    file = tmp_path / "memory.max"
-    monkeypatch.setattr(cluster, "CGROUP_LIMIT", file)
-    if limit is not None:
-        file.write_text(limit)
-    assert cluster.host_bytes() == (expected or physical)

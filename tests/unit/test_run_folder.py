@@ -1,11 +1,12 @@
 """Which folder a run may begin or go on in, and what a run that goes on may change."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from dlrm_scale.errors import ConfigError
-from dlrm_scale.training.run_folder import STARTED, RunFolder, differences
+from dlrm_scale.training.run_folder import STARTED, RunFolder, differences, how_to_go_on
 from tests.support.configs import tiny_config
 
 
@@ -112,3 +113,20 @@ def test_a_finished_run_is_known_and_its_record_is_not_lost_or_doubled(tmp_path)
     longer = RunFolder(config_in(tmp_path, train={"max_steps": 40}))
     assert not longer.is_finished()
     longer.close()
+
+
+@pytest.mark.parametrize(
+    ("output", "checkpoints", "told"),
+    [
+        ("runs/{name}/{time}", "{run}/checkpoints", "the same command with output.dir=runs/tiny/1"),
+        ("runs/mine", "{run}/checkpoints", "the same command"),
+        (
+            "runs/{time}",
+            "elsewhere",
+            "the same command",
+        ),  # where checkpoints are, a launch goes on, whatever its folder
+    ],
+)
+def test_how_to_go_on_names_the_folder_where_the_same_command_would_make_another(output, checkpoints, told):
+    config = tiny_config(output={"dir": output}, checkpoint={"dir": checkpoints})
+    assert how_to_go_on(config, Path("runs/tiny/1")) == told

@@ -15,9 +15,9 @@ from dlrm_scale.config import RunConfig
 from dlrm_scale.config_io import parse_config
 from dlrm_scale.errors import ConfigError
 from tools.benchmark.checkpoint_ranks import SavedOnRank, measure
-from tools.benchmark.cluster import positive
 from tools.benchmark.ranks import run_on_ranks
 from tools.benchmark.timing import spread
+from tools.commands import positive
 
 NUM_TABLES, DIM = 6, 64
 ROOM = 4  # times the state: two checkpoints are kept while a third is written, and the plain file

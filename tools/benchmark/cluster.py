@@ -18,11 +18,12 @@ from rich.table import Table
 
 from dlrm_scale.cluster import CLUSTERS, ClusterSpec, CostCoefficients, Figure, bytes_per_ms, this_cluster
 from dlrm_scale.errors import ConfigError
+from dlrm_scale.host import available_bytes
 from dlrm_scale.sharding.cost import plain_all_reduce_ms
 from tools.benchmark.bandwidth import MIB, RANK_BYTES, Samples, Thing, measure
 from tools.benchmark.ranks import run_on_ranks
 from tools.benchmark.timing import Spread, spread
-from tools.doctor.facts import available_bytes
+from tools.commands import positive
 
 LARGE_BYTES = 8 * MIB  # figures are fitted to the messages above this: the cost model has no latency term
 EXCHANGES = ("all-to-all", "reduce-scatter", "all-gather")  # for which the cost model has one bandwidth
@@ -45,12 +46,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, default=CLUSTERS / "mine.yaml", metavar="YAML", help="default: %(default)s; must be new"
     )
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, but is {text}")
-    return int(text)
 
 
 def _seconds(text: str) -> float:

@@ -10,17 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from dlrm_scale.config import RunConfig
 from dlrm_scale.models.dense_trace import Device, count_flops, fake_dense, input_tensors, trace_dense
-from tools.benchmark.roofline import Peaks
-
-# Peaks of dense products (data sheets print twice as much, "with sparsity", for tf32 and bf16) and of HBM:
-# "NVIDIA A100 Tensor Core GPU" (80GB SXM), "NVIDIA H100 Tensor Core GPU" (SXM), "NVIDIA H200 Tensor Core GPU" (SXM), and an eighth
-# of "NVIDIA DGX B200".
-GPU_CLASSES = {
-    "A100": Peaks({"fp32": 19.5e12, "tf32": 156e12, "bf16": 312e12}, 2.039e12),
-    "H100": Peaks({"fp32": 67e12, "tf32": 494.5e12, "bf16": 989.5e12}, 3.35e12),
-    "H200": Peaks({"fp32": 67e12, "tf32": 494.5e12, "bf16": 989.5e12}, 4.8e12),
-    "B200": Peaks({"fp32": 75e12, "tf32": 1.125e15, "bf16": 2.25e15}, 8e12),
-}
+from tools.benchmark.peaks import Peaks
 
 
 @dataclass(frozen=True)

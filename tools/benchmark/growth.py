@@ -1,22 +1,26 @@
 """`growth`: samples a second as the batch, the tables, their rows or the sequences grow; one plot each."""
 
 import argparse
+import json
+import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from html import escape
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
-from dlrm_scale.cluster import host_bytes
 from dlrm_scale.config import RunConfig
 from dlrm_scale.config_io import apply_override, parse_config, read_tree
 from dlrm_scale.errors import ConfigError, NoPlanError
+from dlrm_scale.host import host_bytes
 from dlrm_scale.tuning.trial import short
-from tools.benchmark.cluster import positive
+from dlrm_scale.whole_files import write_whole
 from tools.benchmark.ranks import NoMemoryError
+from tools.benchmark.tables import counted, table_of, with_range
 from tools.benchmark.train import Variant, measure_here, spread, telling
 from tools.charts import Axis, Dot, chart, page
+from tools.commands import positive
 
 Tree = dict[str, Any]
 
@@ -24,7 +28,7 @@ Tree = dict[str, Any]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Train a configuration for some steps at several sizes of one thing at a time, all sizes in turn, several times. A size that does not\n"
-        "fit into memory is told as such, with the limit, and the others go on."
+        "fit into memory is told as such, with the limit, and the others go on. After each, the result of all so far is written."
     )
     parser.epilog = "example: python -m tools.benchmark growth --config configs/quickstart.yaml --axis batch 256 1024 4096 --html growth.html"
     parser.add_argument("--config", required=True, metavar="YAML")
@@ -39,7 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--steps", type=positive, default=16, metavar="N", help="a quarter of them warm-up (default 16)"
     )
     parser.add_argument("--repeats", type=positive, default=3, metavar="N", help="(default 3)")
-    parser.add_argument("--html", metavar="FILE", help="write the plots")
+    parser.add_argument("--out", metavar="FILE", help="the result as JSON (default runs/growth_TIME.json)")
+    parser.add_argument("--html", metavar="FILE", help="the plots")
 
 
 # ------------------------------------------------------------ what grows
@@ -89,33 +94,42 @@ AXES: dict[str, tuple[Callable[[Tree, int], None], str, tuple[int, ...]]] = {
 # ------------------------------------------------------------ measuring
 def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Raises ConfigError; else as `run_on_ranks`, but for memory that runs out."""
-    if args.html:
-        _write(args.html, "", mode="a")  # that it cannot be must not show after hours
     cells = [(axis, size, _variant(args, axis, size)) for axis, sizes in axes_of(args) for size in sizes]
     found: dict[tuple[str, int], list[dict[str, Any]]] = {(axis, size): [] for axis, size, _ in cells}
     unfit: dict[tuple[str, int], str] = {}
+    out = args.out or f"runs/growth_{time.strftime('%Y%m%d-%H%M%S')}.json"
+
+    def so_far() -> dict[str, Any]:
+        return {
+            "config": args.config,
+            "changes": args.changes,
+            "steps": args.steps,
+            "repeats": args.repeats,
+            "cells": [_cell(axis, size, found[axis, size], unfit.get((axis, size))) for axis, size, _ in cells],
+            "out": out,
+            "html": args.html,
+        }
+
+    _save(so_far())  # that it cannot be must not show after hours
+    console.print(f"the result so far is always in {' and '.join(filter(None, (out, args.html)))}")
     with console.status("") as status:
         for repeat in range(args.repeats):
-            for axis, size, variant in cells:
+            for number, (axis, size, variant) in enumerate(cells, start=1):
                 if (axis, size) in unfit:
                     continue
-                tell = telling(status, f"{axis} {size:,}, {repeat + 1} of {args.repeats}")
+                what = f"{axis} {size:,}, {repeat + 1} of {args.repeats}"
+                tell = telling(status, what)
                 tell("starting")
                 try:
                     found[axis, size].append(measure_here(variant, tell))
+                    told = f"{found[axis, size][-1]['samples_per_s']:,.0f} samples/s"
                 except (NoPlanError, NoMemoryError) as e:
                     unfit[axis, size] = _limit(e)
-    result = {
-        "config": args.config,
-        "changes": args.changes,
-        "steps": args.steps,
-        "repeats": args.repeats,
-        "cells": [_cell(axis, size, found[axis, size], unfit.get((axis, size))) for axis, size, _ in cells],
-        "html": args.html,
-    }
-    if args.html:
-        _write(args.html, page("Growth", plots(result)))
-    return result
+                    told = "does not fit"
+                done = repeat * len(cells) + number
+                console.print(f"{done} of {args.repeats * len(cells)}: {what}: {told}")
+                _save(so_far())
+    return so_far()
 
 
 def _limit(e: NoPlanError | NoMemoryError) -> str:
@@ -155,7 +169,7 @@ def _variant(args: argparse.Namespace, axis: str, size: int) -> Variant:
 
 
 def _cell(axis: str, size: int, runs: list[dict[str, Any]], unfit: str | None) -> dict[str, Any]:
-    cell: dict[str, Any] = {"axis": axis, "size": size, "does_not_fit": unfit}
+    cell: dict[str, Any] = {"axis": axis, "size": size, "does_not_fit": unfit, "repeats": len(runs)}
     if runs:
         cell["samples_per_s"] = spread([run["samples_per_s"] for run in runs])
         cell["host_gb_a_rank"] = max(m["host_bytes"] for run in runs for m in run["peak_memory"]) / 1e9
@@ -167,7 +181,7 @@ def plots(result: dict[str, Any]) -> list[str]:
     """Parts of a page: for each axis one plot, and which sizes do not fit."""
     parts = [
         f"<h1>{escape(result['config'])} {escape(' '.join(result['changes']))}: samples a second as it grows</h1>",
-        f"<p>Dots are medians of {result['repeats']} repeats, bars reach from the least to the most. Both axes are logarithmic.</p>",
+        "<p>Dots are medians of the repeats, bars reach from the least to the most. Both axes are logarithmic.</p>",
     ]
     for axis, (_, name, _) in AXES.items():
         cells = [cell for cell in result["cells"] if cell["axis"] == axis]
@@ -189,7 +203,11 @@ def _plot(name: str, cells: Sequence[dict[str, Any]]) -> str:
     medians = [(size, speed["median"]) for size, speed in zip(sizes, speeds, strict=True)]
     bars = [([(size, speed["least"]), (size, speed["most"])], 1) for size, speed in zip(sizes, speeds, strict=True)]
     dots = [
-        Dot(size, median, f"{size:,}: {median:,.0f} samples/s, {cell['host_gb_a_rank']:.2f} GB a rank")
+        Dot(
+            size,
+            median,
+            f"{size:,}: {median:,.0f} samples/s, {cell['host_gb_a_rank']:.2f} GB a rank, {counted(cell['repeats'], 'repeat')}",
+        )
         for (size, median), cell in zip(medians, cells, strict=True)
     ]
     ends = [speed[end] for speed in speeds for end in ("least", "most")]
@@ -197,22 +215,28 @@ def _plot(name: str, cells: Sequence[dict[str, Any]]) -> str:
     return chart(x, y, dots, [(medians, 0), *bars])
 
 
-def _write(path: str, text: str, mode: str = "w") -> None:
+def _save(result: dict[str, Any]) -> None:
     """Raises ConfigError."""
+    _write("--out", result["out"], json.dumps(result, indent=1) + "\n")
+    if result["html"]:
+        _write("--html", result["html"], page("Growth", plots(result)))
+
+
+def _write(option: str, path: str, text: str) -> None:
     try:
-        with open(path, mode) as f:
-            f.write(text)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        write_whole(Path(path), text)
     except OSError as e:
-        raise ConfigError(f"cannot write {path}: {e.strerror}; name another place: --html") from None
+        raise ConfigError(f"cannot write {path}: {e.strerror}; name another place: {option}") from None
 
 
 def show(result: dict[str, Any], console: Console) -> None:
-    grid = Table(title=f"{result['config']}, {result['repeats']} repeats: median (least to most)", title_justify="left")
-    for column in ("", "size", "samples/s", "GB a rank"):
-        grid.add_column(column, justify="right" if column else "left")
+    repeats = result["repeats"]
+    medians = ": median (least to most)" if repeats > 1 else ""
+    grid = table_of(f"{result['config']}, {counted(repeats, 'repeat')}{medians}", "size", "samples/s", "GB a rank")
     for cell in result["cells"]:
         speed = cell.get("samples_per_s")
-        told = f"{speed['median']:,.0f} ({speed['least']:,.0f}..{speed['most']:,.0f})" if speed else ""
+        told = with_range(speed, ",.0f", repeats) if speed else ""
         if cell["does_not_fit"]:
             told += " does not fit"  # it may have, in an earlier repeat
         grid.add_row(cell["axis"], f"{cell['size']:,}", told, f"{cell['host_gb_a_rank']:.2f}" if speed else "")
@@ -220,6 +244,7 @@ def show(result: dict[str, Any], console: Console) -> None:
     for cell in result["cells"]:
         if cell["does_not_fit"]:
             console.print(f"{cell['axis']} {cell['size']:,} does not fit: {cell['does_not_fit']}")
+    console.print(f"the result is in {result['out']}")
     console.print(
         f"next: open {result['html']} in a browser" if result["html"] else "next: the same with --html FILE draws it"
     )

@@ -16,6 +16,7 @@ from dlrm_scale.sharding.plan import PlanRequest
 from dlrm_scale.sharding.planner import find_plan, prepare
 from tools.benchmark.exact import exact_optimum
 from tools.benchmark.stock import SETTINGS, stock_plan
+from tools.benchmark.tables import folded
 from tools.benchmark.workloads import filled, random_request, stock_options
 
 EXACT_SECONDS = 60.0
@@ -157,10 +158,8 @@ def show(result: dict[str, Any], console: Console) -> None:
         )
         return
     stock = [name for name in SETTINGS if name in result["cells"][0]]
-    grid = Table(
-        title=f"{result['workload']}: medians over seeds; x: TorchRec's score over ours, same options",
-        title_justify="left",
-    )
+    title = f"{result['workload']}: medians over seeds; x: TorchRec's score over ours, same options"
+    grid = Table(title=folded(title), title_justify="left")
     for column in ("tables", "ranks", "fill", "s", "gap", *(f"{name} x (s)" for name in stock)):
         grid.add_column(column, justify="right")
     for cell in result["cells"]:

@@ -17,6 +17,7 @@ from dlrm_scale.tuning.plans import Plans
 from dlrm_scale.tuning.predictor import AnalyticPredictor, Measured, NeuralPredictor, Predictor
 from dlrm_scale.tuning.scores import SCORES, scores
 from tools.benchmark.predictor_peers import BoostingPredictor, RidgePredictor
+from tools.benchmark.tables import folded
 from tools.benchmark.tuning_workloads import MeasuredRuns, measured_runs, simulated_workload
 
 PREDICTORS: dict[str, Callable[[int], Predictor]] = {
@@ -153,7 +154,7 @@ def _cost(data: Sequence[MeasuredRuns]) -> dict[str, float]:
 
 def show(result: dict[str, Any], console: Console) -> None:
     title = f"{result['source']}, split by {result['split']}: means over {len(result['workloads'])} workloads and {result['seeds']} seeds"
-    grid = Table(title=title, title_justify="left")
+    grid = Table(title=folded(title), title_justify="left")
     for column in ("runs", "predictor", *SHORT, "fit s"):
         grid.add_column(column, justify="right")
     for cell in result["cells"]:

@@ -17,6 +17,7 @@ from dlrm_scale.errors import LOST_PEER, SHORT_OF_MEMORY, PeerError, UserError
 from dlrm_scale.libraries import loading_libraries
 
 SILENCE_SECONDS = 120.0  # loading the libraries takes up to 20 on a busy machine, a call of a benchmark less
+TRAIN_SILENCE_SECONDS = 900.0  # training says nothing while it fills tables, and while an arch is first compiled
 SETTLE_SECONDS = 2.0  # in which ranks end by themselves, and others notice that one is gone
 
 

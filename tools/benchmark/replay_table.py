@@ -26,12 +26,12 @@ from dlrm_scale.tuning.records import append_record
 from dlrm_scale.tuning.searcher import RandomSearcher
 from dlrm_scale.tuning.space import Job, Launch, Space, load_space
 from dlrm_scale.tuning.trial import short
-from tools.benchmark.cluster import positive
 from tools.benchmark.ranks import run_on_ranks
 from tools.benchmark.replay_ranks import train_points
 from tools.benchmark.search import LEAST_MEASURED
 from tools.benchmark.truth_ranks import DRAIN_STEPS
 from tools.benchmark.tuning_workloads import random_space
+from tools.commands import positive
 
 PERCENTILES = ("p10", "p50", "p90")
 

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from dlrm_scale.config import RunConfig, TrainConfig
+from dlrm_scale.config import RunConfig
 from dlrm_scale.models.dense_trace import count_flops
 from dlrm_scale.sharding.options import ELEMENT_BYTES
 from dlrm_scale.sharding.storage import OPTIMIZER_STATES, STATE_BYTES
 from dlrm_scale.training.ranks import from_first_rank
 from dlrm_scale.training.run import cpu_has_bf16
 from tools.benchmark.bandwidth import ID_BYTES, finish_of
+from tools.benchmark.peaks import Peaks
 from tools.benchmark.timing import Case, time_interleaved
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
@@ -21,16 +22,6 @@ MATRIX = {"cpu": 2048, "cuda": 8192}
 COPY_BYTES = {"cpu": 2**27, "cuda": 2**30}  # far over any cache
 SECONDS = 1.5
 FLOAT_BYTES = 4
-
-
-@dataclass(frozen=True)
-class Peaks:
-    """Of all ranks together."""
-
-    flops_per_s: dict[
-        str, float
-    ]  # by precision: a large matrix product; no bf16 on a CPU without instructions for it, tf32 on CUDA only
-    copy_bytes_per_s: float  # read + write
 
 
 @dataclass(frozen=True)
@@ -81,11 +72,6 @@ def measure_peaks(device: torch.device) -> Peaks:
     dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
     best = slowest.amin(1).tolist()
     return peaks_of(dict(zip(seconds, best, strict=True)), device, dist.get_world_size())
-
-
-def precision_of(train: TrainConfig) -> str:
-    """The key of `Peaks.flops_per_s` that a configuration's products are held against."""
-    return "tf32" if train.tf32 else train.precision
 
 
 def count_work(config: RunConfig, num_ranks: int) -> Work:

@@ -20,6 +20,7 @@ from dlrm_scale.tuning.searcher import RandomSearcher, Result, Searcher
 from dlrm_scale.tuning.simulator import NOISE
 from dlrm_scale.tuning.space import load_space
 from tools.benchmark.search_peers import AnalyticSearcher, TPESearcher
+from tools.benchmark.tables import folded
 from tools.benchmark.tuning_workloads import of_one_kind, random_space, simulate_points, tight_memory
 
 SEARCHERS: dict[str, Callable[[Featuriser, int, int], Searcher]] = {
@@ -198,11 +199,11 @@ def _launches_until(regret: np.ndarray, near: float) -> float:
 
 def show(result: dict[str, Any], console: Console) -> None:
     launches = [n for n in (5, 10, 15, 20, 30, 40, 60) if n <= result["launches"]]
-    grid = Table(
-        title=f"{result['source']}: median regret after so many launches (95 % of resamples), {len(result['spaces'])} spaces x "
-        f"{result['seeds']} seeds, {result['parallel']} at once",
-        title_justify="left",
+    title = (
+        f"{result['source']}: median regret after so many launches (95 % of resamples), {len(result['spaces'])} spaces x "
+        f"{result['seeds']} seeds, {result['parallel']} at once"
     )
+    grid = Table(title=folded(title), title_justify="left")
     for column in ("searcher", *map(str, launches), "launches until 2 %"):
         grid.add_column(column, justify="right")
     for name, found in result["searchers"].items():

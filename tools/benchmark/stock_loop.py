@@ -23,40 +23,13 @@ from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
-from dlrm_scale.config import DCNv2Config, DLRMConfig, RunConfig, Schedule
+from dlrm_scale.config import DCNv2Config, RunConfig
 from dlrm_scale.data.open import open_source
-from dlrm_scale.errors import ConfigError
 from dlrm_scale.meta import META
 from dlrm_scale.training.monitor import peak_memory_bytes
 from dlrm_scale.training.ranks import Rank, process_group, this_rank
 from tools.benchmark.roofline import measure_peaks
 from tools.benchmark.train_ranks import KEPT_BATCHES, InMemory, RankRun
-
-
-def check(config: RunConfig) -> None:
-    """Raises ConfigError: TorchRec has no such model, or the plain loop would do less than the configuration asks for."""
-    features, train = config.features, config.train
-    tables = features.tables.values()
-    suits = (
-        isinstance(config.model, DLRMConfig | DCNv2Config)
-        and not features.sequences
-        and len({table.embedding_dim for table in tables}) == 1
-        and all(table.data_type == "fp32" and table.pooling == "sum" for table in tables)
-        and len(features.bag_keys) == len(features.tables)
-        and len(features.labels) == 1
-        and bool(features.dense)
-    )
-    plain = (
-        (train.sparse.name, train.dense.name, train.accumulate_steps) == ("rowwise_adagrad", "adam", 1)
-        and not (train.sparse.weight_decay or train.dense.weight_decay or train.clip_grad_norm)
-        and train.schedule == Schedule()
-    )
-    if not (suits and plain):
-        raise ConfigError(
-            "--stock is TorchRec's own DLRM or DLRM_DCN in a plain loop: it needs model.arch dlrm or dlrm_dcnv2, dense features, no "
-            "sequences, one categorical feature for each table, fp32 tables of one embedding_dim that sum, one label, rowwise_adagrad "
-            "and adam without weight_decay, clip_grad_norm, schedule or accumulate_steps; leave --stock out, or change the configuration"
-        )
 
 
 def measure_stock(tell: Callable[[str], Any], config: RunConfig, threads: int) -> RankRun:

@@ -1,4 +1,9 @@
-"""`train`: how fast a configuration trains, where its steps' time goes, and how far that is from what the machine can do."""
+"""`train`: how fast a configuration trains, where its steps' time goes, and how far that is from what the machine can do.
+
+PyTorch is imported once all configurations are valid: it takes seconds, which a wrong key need not wait for.
+"""
+
+from __future__ import annotations
 
 import argparse
 import json
@@ -12,27 +17,30 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console
 from rich.status import Status
 
-from dlrm_scale.config import RunConfig, check_num_ranks
+from dlrm_scale.config import DCNv2Config, DLRMConfig, RunConfig, Schedule, check_num_ranks
 from dlrm_scale.config_io import apply_override, parse_config, read_tree
 from dlrm_scale.errors import ConfigError
-from dlrm_scale.training.clock import STAGES
+from dlrm_scale.libraries import loading_libraries
 from dlrm_scale.tuning.knobs import RANKS_KEY, THREADS_KEY
 from dlrm_scale.tuning.trial import short
-from tools.benchmark.cluster import positive
-from tools.benchmark.ranks import run_on_ranks
-from tools.benchmark.roofline import Work, as_read, count_work, precision_of
-from tools.benchmark.stock_loop import check, measure_stock
-from tools.benchmark.tables import in_digits, table_of
-from tools.benchmark.train_ranks import SKIPS, TRAIN_SILENCE_SECONDS, RankRun, measure_training, trace_training
+from tools.benchmark.peaks import precision_of
+from tools.benchmark.ranks import TRAIN_SILENCE_SECONDS, run_on_ranks
+from tools.benchmark.tables import counted, in_digits, table_of, with_range
+from tools.commands import positive
+
+if TYPE_CHECKING:
+    from tools.benchmark.roofline import Work
+    from tools.benchmark.train_ranks import RankRun
 
 BASE, STOCK = "base", "stock TorchRec"
 OUR_ALLOCATOR = "launch.allocator=ours"
+SKIPS = ("data", "dense")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,12 +84,14 @@ class Variant:
     config: RunConfig
     ranks: int
     threads: int
-    measure: Callable[["Variant", Callable[[str], Any]], dict[str, Any]]
+    measure: Callable[[Variant, Callable[[str], Any]], dict[str, Any]]
     skip: str = ""
     counted: dict[tuple, Work] = field(default_factory=dict)
 
     def work(self, ids_per_sample: dict[str, float]) -> Work:
         """Seconds to count, and the same in every repeat that reads the same."""
+        from tools.benchmark.roofline import as_read, count_work
+
         key = tuple(ids_per_sample.items())
         if key not in self.counted:
             self.counted[key] = count_work(as_read(self.config, ids_per_sample), self.ranks)
@@ -103,6 +113,8 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
                 runs[variant.name].append(variant.measure(variant, tell))
         table = None
         if args.trace:
+            from tools.benchmark.train_ranks import trace_training
+
             status.update("tracing")
             base = variants[0]
             arguments = (base.config, base.threads, args.trace)
@@ -170,17 +182,42 @@ def stock_variant(args: argparse.Namespace, launch: Sequence[str]) -> Variant:
         )
     changes += ["train.precision=fp32", "train.tf32=false"]
     plain = variant(args, STOCK, changes, measure=partial(_measure_stock, ours))
-    check(plain.config)
+    check_stock(plain.config)
     if not launch:
         return plain
-    ranks, threads = (
-        f"{plain.ranks} rank{'s' * (plain.ranks > 1)}",
-        f"{plain.threads} thread{'s' * (plain.threads > 1)}",
-    )
+    ranks, threads = counted(plain.ranks, "rank"), counted(plain.threads, "thread")
     return replace(plain, name=f"{STOCK}, {ranks} of {threads}{', our allocator' * ours}")
 
 
+def check_stock(config: RunConfig) -> None:
+    """Raises ConfigError: TorchRec has no such model, or the plain loop would do less than the configuration asks for."""
+    features, train = config.features, config.train
+    tables = features.tables.values()
+    suits = (
+        isinstance(config.model, DLRMConfig | DCNv2Config)
+        and not features.sequences
+        and len({table.embedding_dim for table in tables}) == 1
+        and all(table.data_type == "fp32" and table.pooling == "sum" for table in tables)
+        and len(features.bag_keys) == len(features.tables)
+        and len(features.labels) == 1
+        and bool(features.dense)
+    )
+    plain = (
+        (train.sparse.name, train.dense.name, train.accumulate_steps) == ("rowwise_adagrad", "adam", 1)
+        and not (train.sparse.weight_decay or train.dense.weight_decay or train.clip_grad_norm)
+        and train.schedule == Schedule()
+    )
+    if not (suits and plain):
+        raise ConfigError(
+            "--stock is TorchRec's own DLRM or DLRM_DCN in a plain loop: it needs model.arch dlrm or dlrm_dcnv2, dense features, no "
+            "sequences, one categorical feature for each table, fp32 tables of one embedding_dim that sum, one label, rowwise_adagrad "
+            "and adam without weight_decay, clip_grad_norm, schedule or accumulate_steps; leave --stock out, or change the configuration"
+        )
+
+
 def measure_here(variant: Variant, tell: Callable[[str], Any]) -> dict[str, Any]:
+    with loading_libraries():
+        from tools.benchmark.train_ranks import measure_training
     arguments = (variant.config, variant.threads, variant.skip)
     ranks = run_on_ranks(
         measure_training, arguments, variant.ranks, variant.ranks, tell, silence_seconds=TRAIN_SILENCE_SECONDS
@@ -190,6 +227,8 @@ def measure_here(variant: Variant, tell: Callable[[str], Any]) -> dict[str, Any]
 
 def _measure_stock(our_allocator: bool, variant: Variant, tell: Callable[[str], Any]) -> dict[str, Any]:
     """As its users start it, not by our launcher, unless its allocator is to be ours."""
+    with loading_libraries():
+        from tools.benchmark.stock_loop import measure_stock
     ranks = run_on_ranks(
         measure_stock,
         (variant.config, variant.threads),
@@ -281,8 +320,10 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 # ------------------------------------------------------------ to read
 def show(result: dict[str, Any], console: Console) -> None:
-    title = f"{result['config']}, {result['steps']} steps, {result['repeats']} repeats: medians, of ratios least..most; GB: host, a rank"
-    grid = table_of(title, "samples/s", "over base", "ms p50 / p90", "MFU", "MBU", "GB")
+    repeats = result["repeats"]
+    about = f"{result['config']}, {counted(result['steps'], 'step')}, {counted(repeats, 'repeat')}"
+    medians = ": medians, of ratios least..most" if repeats > 1 else ""
+    grid = table_of(f"{about}{medians}; GB: host, a rank", "samples/s", "over base", "ms p50 / p90", "MFU", "MBU", "GB")
     for name, found in result["variants"].items():
         speed, ratio, runs = found["samples_per_s"], found["over_base"], found["runs"]
         mfu = _median(run["mfu"].get(run["precision"]) for run in runs)
@@ -290,19 +331,20 @@ def show(result: dict[str, Any], console: Console) -> None:
         grid.add_row(
             name,
             f"{speed['median']:,.0f}",
-            "" if name == BASE else f"{ratio['median']:.2f} ({ratio['least']:.2f}..{ratio['most']:.2f})",
+            "" if name == BASE else with_range(ratio, ".2f", repeats),
             f"{in_digits(p50)} / {in_digits(p90)}",
             "-" if mfu is None else f"{mfu:.1%}",
             f"{_median(run['mbu'] for run in runs):.1%}",
             in_digits(_median(max(m["host_bytes"] for m in run["peak_memory"]) for run in runs) / 1e9),
         )
     console.print(grid)
-    columns = [stage.replace("embedding", "table").replace("_", "\n") for stage in STAGES]
+    names = list(result["variants"][BASE]["runs"][0]["stage_ms"])
+    columns = [stage.replace("embedding", "table").replace("_", "\n") for stage in names]
     stages = table_of("median ms of a step, by stage", *columns)
     for name, found in result["variants"].items():
         if found["runs"][0]["stage_ms"]:
             stages.add_row(
-                name, *(in_digits(_median(run["stage_ms"][stage] for run in found["runs"])) for stage in STAGES)
+                name, *(in_digits(_median(run["stage_ms"][stage] for run in found["runs"])) for stage in names)
             )
     console.print(stages)
     peaks = result["variants"][BASE]["runs"][0]["peaks"]

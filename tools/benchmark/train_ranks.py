@@ -28,12 +28,11 @@ from dlrm_scale.training.result import TrainResult
 from dlrm_scale.training.run import make_plan
 from dlrm_scale.training.state import seed_generators
 from dlrm_scale.training.trainer import Trainer
-from tools.benchmark.roofline import Peaks, measure_peaks
+from tools.benchmark.peaks import Peaks
+from tools.benchmark.roofline import measure_peaks
 
-SKIPS = ("data", "dense")
 KEPT_BATCHES = 8  # of each rank, where data is skipped
 ROWS_OF_TRACE = 15
-TRAIN_SILENCE_SECONDS = 900.0  # it says nothing while it fills tables, and while an arch is first compiled
 
 
 class CountingReader(TrainReader):

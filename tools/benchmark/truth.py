@@ -18,11 +18,12 @@ from dlrm_scale.errors import ConfigError
 from dlrm_scale.meta import META
 from dlrm_scale.models.ranking_model import build_model
 from dlrm_scale.sharding.plan import plan_request
-from tools.benchmark.cluster import check_room, measure_cluster, positive
+from tools.benchmark.cluster import check_room, measure_cluster
 from tools.benchmark.random_plans import OBJECTIVES, ScoredPlan, draw_plans
 from tools.benchmark.rank_correlation import agreement, repeat_agreement
 from tools.benchmark.ranks import run_on_ranks
 from tools.benchmark.truth_ranks import NUM_BATCHES, WARMUP_STEPS, PlanRun, train_plans
+from tools.commands import positive
 
 CLUSTER_SECONDS = 5.0
 LEAST_PLANS, LEAST_REPEATS = 3, 2

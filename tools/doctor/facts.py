@@ -1,4 +1,4 @@
-"""What the doctor knows about this machine and install, gathered without importing anything but the standard library."""
+"""What the doctor knows about this machine and install, gathered without importing anything that needs more than the standard library."""
 
 import json
 import os
@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Literal
+
+from dlrm_scale.host import available_bytes, cpp_compiler
 
 ROOT = Path(__file__).parents[2]
 PROBE_SECONDS = 120
@@ -45,7 +47,7 @@ class Facts:
         omp_num_threads: the variable's value; None: unset.
         available_bytes: memory that can be had now.
         bf16_flags: the processor's flags for bfloat16.
-        compiler: the C++ compiler that $CXX names, or else c++; None: there is none.
+        compiler: the C++ compiler's command; None: there is none.
         commands: launcher -> whether the shell finds it ("path"), or only its folder has it ("bin"), or nothing (None).
     """
 
@@ -86,7 +88,7 @@ def gather() -> Facts:
         omp_num_threads=os.environ.get("OMP_NUM_THREADS"),
         available_bytes=available_bytes(),
         bf16_flags=_bf16_flags(),
-        compiler=shutil.which(os.environ.get("CXX", "c++")),
+        compiler=_compiler(),
         commands={command: _where(command) for command in ("torchrun", "torchx")},
     )
 
@@ -164,17 +166,10 @@ def _open_files() -> int | None:
     return None if soft == resource.RLIM_INFINITY else soft
 
 
-def available_bytes() -> int:
-    """The kernel's estimate, or what a container's limit leaves, where that is less."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    kib = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
-    limits = [kib * 1024]
-    try:
-        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
-        limits.append(max(0, limit - used))
-    except (OSError, ValueError):  # no cgroup v2, or the limit is "max"
-        pass
-    return min(limits)
+def _compiler() -> str | None:
+    program, *words = cpp_compiler()
+    found = shutil.which(program)
+    return found and " ".join([found, *words])
 
 
 def _bf16_flags() -> tuple[str, ...]:

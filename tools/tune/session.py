@@ -7,7 +7,6 @@ best.json, best_plan.json, result.json             hparams/        for TensorBoa
 
 import fcntl
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +22,7 @@ from dlrm_scale.tuning.launcher import POLL_SECONDS, Ended, Launcher
 from dlrm_scale.tuning.records import append_record, read_text
 from dlrm_scale.tuning.space import Space
 from dlrm_scale.tuning.trial import Trial, samples_per_second
+from dlrm_scale.whole_files import write_whole
 
 STATE, RECORDS, HISTORY, LOCK = "state.json", "records.jsonl", "history.jsonl", ".lock"
 
@@ -73,7 +73,7 @@ class Session:
 
     def save(self, **parts: Any) -> None:
         self.saved = {**self.saved, **parts, "space": self.space.fingerprint}
-        write_whole(self.folder / STATE, json.dumps(self.saved).encode())
+        write_whole(self.folder / STATE, json.dumps(self.saved))
 
     def keep_history(self, paths: list[str]) -> list[Path]:
         """Copies of these records, made once: what a search learned from must not change while it goes on.
@@ -155,13 +155,6 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         if isinstance(record, dict):
             records.append(record)
     return records
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Under a temporary name first: the file is there whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content)
-    temporary.replace(path)
 
 
 def write_hparams(folder: Path, trial: Trial, record: dict[str, Any]) -> None:

@@ -17,8 +17,9 @@ from dlrm_scale.tuning.knobs import Point, Value
 from dlrm_scale.tuning.launcher import Launcher, Limits
 from dlrm_scale.tuning.plans import Plans
 from dlrm_scale.tuning.trial import Trial, as_many_samples, overrides_file, samples_per_second, whole
+from dlrm_scale.whole_files import write_whole
 from tools.tune.common import base_job, base_trial, learning_settings, point_trial
-from tools.tune.session import Session, write_whole
+from tools.tune.session import Session
 
 MOST_CANDIDATES = 8
 MOST_UNCERTAIN = 3  # candidates that are not faster for certain: of many that equal the base, one would pass by chance
@@ -220,7 +221,7 @@ class Verifier:
         save_plan(self.plans.plan(job.config, job.cluster), folder / "best_plan.json")
         changes = as_many_samples(job, base_job(self.space))  # what was checked is what is trained
         file = overrides_file(self.space, point, job.launch, folder / "best_plan.json", changes)
-        write_whole(folder / "best.json", f"{file.model_dump_json(indent=1)}\n".encode())
+        write_whole(folder / "best.json", f"{file.model_dump_json(indent=1)}\n")
         best = {"best": str(folder / "best.json"), "hosts": job.cluster.num_hosts}
         return self._finish({"accepted": name, **best, "tried": tried, "exit_code": 0})
 
@@ -233,7 +234,7 @@ class Verifier:
             "quality_checked": bool(self.args.quality_seeds),
             "folder": str(self.session.folder),
         }
-        write_whole(self.session.folder / "result.json", f"{json.dumps(result, indent=1)}\n".encode())
+        write_whole(self.session.folder / "result.json", f"{json.dumps(result, indent=1)}\n")
         return result
 
 
