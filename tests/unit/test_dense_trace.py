@@ -28,9 +28,9 @@ def really_kept(config, batch_size: int) -> int:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("arch", ARCHS)
-def test_trace_is_that_of_a_real_run(arch, precision):
-    config = run_config(arch=arch, precision=precision)
+@pytest.mark.parametrize("model", [*({"arch": arch} for arch in ARCHS), {"dim": 16}], ids=str)
+def test_trace_is_that_of_a_real_run(model, precision):
+    config = run_config(precision=precision, **model)
     trace = trace_dense(config, BATCH)
     assert trace.num_parameters == sum(p.numel() for p in build_arch(config).parameters()) > 0
     assert trace.activation_bytes == really_kept(config, BATCH)
@@ -39,7 +39,7 @@ def test_trace_is_that_of_a_real_run(arch, precision):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_trace_holds_for_several_chunks(precision):
     """But for what puts samples in order, and weights that more than one chunk casts."""
-    config, batch_size = run_config(precision=precision), 4 * CHUNK_SAMPLES
+    config, batch_size = run_config(precision=precision, dim=16), 4 * CHUNK_SAMPLES
     assert trace_dense(config, batch_size).activation_bytes == pytest.approx(really_kept(config, batch_size), rel=1e-2)
 
 
