@@ -22,6 +22,7 @@ with loading_libraries():
 
     from dlrm_scale.data.batch import RecBatch
     from dlrm_scale.models import length_chunks
+    from dlrm_scale.models.kernels import with_torch_pffn
     from dlrm_scale.models.ranking_model import RankingModel, build_model
     from dlrm_scale.sharding.apply import MODULE_PATHS, fill_shard
     from dlrm_scale.training.bad_batches import load_bad_batch
@@ -92,10 +93,7 @@ def rebuild(config: RunConfig, weights: Path | None) -> RankingModel:
 def _plain(config: RunConfig) -> RunConfig:
     """The same model without what only saves time or memory: it may need a GPU or a compiler, or runs layers twice."""
     off = {"compile": False, "activation_checkpointing": False}
-    model, train = config.model, config.train.model_copy(update=off)
-    if model.arch == "interformer":
-        model = model.model_copy(update={"pffn_kernel": "torch"})
-    return config.model_copy(update={"model": model, "train": train})
+    return with_torch_pffn(config).model_copy(update={"train": config.train.model_copy(update=off)})
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
