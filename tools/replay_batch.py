@@ -18,9 +18,11 @@ from dlrm_scale.libraries import loading_libraries
 with loading_libraries():
     import torch
     from torch import Tensor, nn
+    from torchrec.sparse.jagged_tensor import JaggedTensor
 
     from dlrm_scale.data.batch import RecBatch
     from dlrm_scale.models import length_chunks
+    from dlrm_scale.models.kernels import with_torch_pffn
     from dlrm_scale.models.ranking_model import RankingModel, build_model
     from dlrm_scale.sharding.apply import MODULE_PATHS, fill_shard
     from dlrm_scale.training.bad_batches import load_bad_batch
@@ -91,10 +93,7 @@ def rebuild(config: RunConfig, weights: Path | None) -> RankingModel:
 def _plain(config: RunConfig) -> RunConfig:
     """The same model without what only saves time or memory: it may need a GPU or a compiler, or runs layers twice."""
     off = {"compile": False, "activation_checkpointing": False}
-    model, train = config.model, config.train.model_copy(update=off)
-    if model.arch == "interformer":
-        model = model.model_copy(update={"pffn_kernel": "torch"})
-    return config.model_copy(update={"model": model, "train": train})
+    return with_torch_pffn(config).model_copy(update={"train": config.train.model_copy(update=off)})
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
@@ -114,9 +113,14 @@ def not_finite(config: RunConfig, model: RankingModel, batch: RecBatch) -> list[
     found += [f"parameter {n}: {_rows(p)}" for n, p in model.named_parameters() if not n.startswith("embeddings.")]
     found = [place for place in found if not place.endswith(": ")]
 
+    embedded: list[JaggedTensor] = []
+    model.dense.arch.register_forward_pre_hook(lambda arch, args: embedded.extend((args[2] or {}).values()))
+
     def watch(name: str, module: nn.Module) -> None:
-        def after(module: nn.Module, args: object, output: object) -> None:
-            if isinstance(output, Tensor) and (rows := _rows(output)):
+        def after(module: nn.Module, args: tuple[object, ...], output: object) -> None:
+            # what takes all events of a field, one a row, gives rows of events
+            offsets_B1 = next((f.offsets() for f in embedded if any(arg is f.values() for arg in args)), None)
+            if isinstance(output, Tensor) and (rows := _rows(output, offsets_B1)):
                 found.append(f"output of {name}: {rows}")
 
         module.register_forward_hook(after)
@@ -145,8 +149,8 @@ def _in_the_batchs_order() -> Iterator[None]:
 
 
 @torch.no_grad()
-def _rows(values: Tensor) -> str:
-    """Where a tensor is not finite, by its first dimension; empty where it is."""
+def _rows(values: Tensor, offsets_B1: Tensor | None = None) -> str:
+    """Where a tensor is not finite, by its first dimension, or, if that is of events, by sample and event; empty where it is."""
     if not values.dim():
         return "" if torch.isfinite(values) else f"{values.item()}"
     bad = (
@@ -154,7 +158,13 @@ def _rows(values: Tensor) -> str:
         if values.numel()
         else []
     )
-    return f"rows {', '.join(map(str, bad[:5]))}{f' and {len(bad) - 5} more' if len(bad) > 5 else ''}" if bad else ""
+    shown = [str(row) if offsets_B1 is None else _sample_and_event(row, offsets_B1) for row in bad[:5]]
+    return f"rows {', '.join(shown)}{f' and {len(bad) - 5} more' if len(bad) > 5 else ''}" if bad else ""
+
+
+def _sample_and_event(row: int, offsets_B1: Tensor) -> str:
+    sample = int(torch.searchsorted(offsets_B1, row, right=True)) - 1
+    return f"{sample} (event {row - int(offsets_B1[sample])})"
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from dlrm_scale.features import FeatureSchema
 from dlrm_scale.meta import NoFirstValues
 from dlrm_scale.models.attention import AttentionPooling, SelfAttention
 from dlrm_scale.models.inputs import Embedded
-from dlrm_scale.models.kernels import choose_kernels
+from dlrm_scale.models.kernels import choose_kernels, with_torch_pffn
 from dlrm_scale.models.ranking_model import DensePart, build_arch
 from dlrm_scale.models.recompute import recomputed_layers
 
@@ -50,7 +50,8 @@ def trace_dense(config: RunConfig, local_batch_size: int, device: Device = "cpu"
     """The forward pass of the dense arch of `config`, with every sequence at its max_length and in one chunk.
 
     So `activation_bytes` is the largest that a batch can need; shorter sequences save only before they are padded. Weights cast
-    to bf16 are among what is kept. Our Triton kernel keeps less.
+    to bf16 are among what is kept. Kernels of our own, which keep less, count where this machine has what compiles them: a C++
+    compiler, and Triton for GPUs.
 
     Raises:
         ConfigError: the features do not suit the arch.
@@ -70,9 +71,8 @@ def fake_dense(config: RunConfig, local_batch_size: int, device: Device = "cpu")
     with FakeTensorMode():
         with NoFirstValues():
             dense = DensePart(build_arch(config), config.train.precision)
-        if device == "cpu":
-            choose_kernels(dense.arch, config, torch.device("cpu"), to_run=False)
-        else:
+        choose_kernels(dense.arch, config, torch.device(device), to_run=False)
+        if device == "cuda":
             for norm in (module for module in dense.modules() if isinstance(module, nn.RMSNorm)):
                 norm.forward = partial(norm_of_cuda, norm)
         yield dense, lookups(config.features, local_batch_size)
@@ -105,7 +105,8 @@ def count_flops(config: RunConfig, local_batch_size: int) -> tuple[int, int]:
     that checkpointing or attention does again.
     """
     plain = config.train.model_copy(update={"activation_checkpointing": False, "precision": "fp32"})
-    with fake_dense(config.model_copy(update={"train": plain}), local_batch_size, "cuda") as (dense, inputs):
+    config = with_torch_pffn(config).model_copy(update={"train": plain})
+    with fake_dense(config, local_batch_size, "cuda") as (dense, inputs):
         for module in dense.modules():
             if isinstance(module, SelfAttention):
                 module.forward = partial(_attention_products, module)

@@ -65,7 +65,7 @@ class Plans:
     def _traced(self, config: RunConfig, batch_size: int, device: Device) -> tuple[tuple[DenseTrace, ...], int]:
         """A trace in each precision, and the FLOPs, in which they do not differ, of both passes."""
         parts = [config.features.model_dump(mode="json"), config.model.model_dump(mode="json"), batch_size, device]
-        parts.append(config.train.activation_checkpointing)
+        parts += [config.train.activation_checkpointing, config.train.tf32]
         key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
         if key not in self._traces:
             with loading_libraries():

@@ -42,7 +42,7 @@ def test_without_a_compiler_it_trains_all_the_same_and_says_why(tmp_path, own_ca
 
 @pytest.mark.timeout(500)
 def test_compiled_chunks_in_bf16_are_as_near_to_fp32_as_the_plain_ones():
-    """As trained on a CPU: several chunks a batch, whose lengths change from batch to batch, and the kernel of attention."""
+    """As trained on a CPU: several chunks a batch, whose lengths change from batch to batch, and the kernels of attention and PFFN."""
     (config, model), (_, exact) = _model("bf16"), _model("fp32")
     batches = [random_batch(config.features, 520 + 7 * seed, seed) for seed in range(2)]
     plain = [_gradients(model, batch) for batch in batches]
@@ -56,7 +56,7 @@ def test_compiled_chunks_in_bf16_are_as_near_to_fp32_as_the_plain_ones():
 
 def _model(precision):
     history = FEATURES["sequences"][0] | {"max_length": 40}
-    config = run_config(with_features(sequences=[history]), precision=precision, num_layers=1)
+    config = run_config(with_features(sequences=[history]), precision=precision, num_layers=1, dim=16)
     model = build_model(config, table_device=torch.device("cpu"), dense_device=torch.device("cpu"))
     torch.manual_seed(0)
     for table in model.embeddings.parameters():

@@ -8,6 +8,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dlrm_scale.models import cpu_attention, cpu_pffn, kernels, layers
+from dlrm_scale.models.cpu_library import load_library
 from dlrm_scale.models.dense_trace import KeptStorages, count_flops, input_tensors, lookups, norm_of_cuda, trace_dense
 from dlrm_scale.models.kernels import choose_kernels
 from dlrm_scale.models.length_chunks import CHUNK_SAMPLES
@@ -28,9 +29,9 @@ def really_kept(config, batch_size: int) -> int:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("arch", ARCHS)
-def test_trace_is_that_of_a_real_run(arch, precision):
-    config = run_config(arch=arch, precision=precision)
+@pytest.mark.parametrize("model", [*({"arch": arch} for arch in ARCHS), {"dim": 16}], ids=str)
+def test_trace_is_that_of_a_real_run(model, precision):
+    config = run_config(precision=precision, **model)
     trace = trace_dense(config, BATCH)
     assert trace.num_parameters == sum(p.numel() for p in build_arch(config).parameters()) > 0
     assert trace.activation_bytes == really_kept(config, BATCH)
@@ -39,7 +40,7 @@ def test_trace_is_that_of_a_real_run(arch, precision):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_trace_holds_for_several_chunks(precision):
     """But for what puts samples in order, and weights that more than one chunk casts."""
-    config, batch_size = run_config(precision=precision), 4 * CHUNK_SAMPLES
+    config, batch_size = run_config(precision=precision, dim=16), 4 * CHUNK_SAMPLES
     assert trace_dense(config, batch_size).activation_bytes == pytest.approx(really_kept(config, batch_size), rel=1e-2)
 
 
@@ -116,6 +117,42 @@ def test_a_gpu_takes_none_of_the_ways_of_cpus(monkeypatch):
             trace_dense(config, BATCH, "cuda")
             with pytest.raises(AssertionError, match="a way of CPUs"):
                 trace_dense(config, BATCH)
+
+
+def test_without_a_compiler_pytorchs_kernels_count(monkeypatch):
+    config = run_config(precision="bf16", dim=16)
+    by_ours = trace_dense(config, BATCH)
+    monkeypatch.setenv("CXX", "/nowhere/c++ -O1")
+    monkeypatch.setattr(kernels, "load_library", load_library.__wrapped__)  # what was compiled before must not stand in
+    with pytest.warns(UserWarning, match=r"there is no /nowhere/c\+\+"):
+        kept = really_kept(config, BATCH)
+    assert trace_dense(config, BATCH).activation_bytes == kept > by_ours.activation_bytes
+
+
+def test_a_gpus_kernel_counts_where_it_would_run():
+    """Of a token of d = K in bf16 it keeps 4 d + 4 bytes. PyTorch's operations keep 16 d + 16: the inputs of both products in bf16,
+    those of GELU and of both norms in fp32, and two numbers a norm."""
+    pytest.importorskip("triton")
+    dim, num_layers = 32, 2
+    by_torch, auto, triton = (
+        trace_dense(run_config(precision="bf16", dim=dim, num_layers=num_layers, pffn_kernel=kernel), BATCH, "cuda")
+        for kernel in ("torch", "auto", "triton")
+    )
+    tokens = num_layers * BATCH * (run_config().model.num_cls + 6)
+    assert by_torch.activation_bytes - auto.activation_bytes == tokens * (12 * dim + 12)
+    assert auto == triton
+
+
+def test_a_gpus_kernel_does_not_count_where_it_would_not_run():
+    by_torch, strict = (trace_dense(run_config(pffn_kernel=kernel), BATCH, "cuda") for kernel in ("torch", "auto"))
+    assert by_torch == strict  # fp32 without TF32
+    config = run_config(precision="bf16", pffn_kernel="triton")
+    assert trace_dense(config, BATCH) == trace_dense(run_config(precision="bf16"), BATCH)
+
+
+def test_flops_are_those_of_the_model_whatever_kernel_runs():
+    by_torch, fused = (count_flops(run_config(precision="bf16", pffn_kernel=k), BATCH) for k in ("torch", "triton"))
+    assert by_torch == fused
 
 
 def test_a_norm_of_a_gpu_keeps_its_input_and_two_numbers_a_row():

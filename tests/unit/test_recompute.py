@@ -54,7 +54,7 @@ def test_names_of_parameters_stay():
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_trace_counts_what_is_kept_and_the_layer_that_is_run_again(precision):
     """Against real tensors: what autograd keeps outside the layers, and what each layer keeps when it runs alone."""
-    config = with_checkpointing(run_config(precision=precision, num_layers=3))
+    config = with_checkpointing(run_config(precision=precision, num_layers=3, dim=16))
     dense, inputs = DensePart(build_arch(config), precision), lookups(config.features, BATCH)
     choose_kernels(dense.arch, config, torch.device("cpu"))
     outside, in_layer = KeptStorages([*dense.parameters(), *input_tensors(inputs)]), []

@@ -13,7 +13,7 @@ from dlrm_scale.models.length_chunks import CHUNK_SAMPLES
 from dlrm_scale.resilience.guards import LOSS, NonFinite
 from dlrm_scale.training.bad_batches import load_bad_batch, save_bad_batch
 from dlrm_scale.training.ranks import Rank
-from tests.support.configs import tiny_config
+from tests.support.configs import TINY, tiny_config
 from tests.support.model_inputs import random_batch
 from tools.replay_batch import main, not_finite, rebuild
 
@@ -60,6 +60,30 @@ def test_rows_are_those_of_the_batch_where_a_run_sorts_samples_into_chunks(confi
     outputs = [place for place in not_finite(config, rebuild(config, None), batch) if place.startswith("output of")]
     assert any(".interactions." in place for place in outputs) and any(".sequences." in place for place in outputs)
     assert {place.partition(": ")[2] for place in outputs} == {"rows 3"}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_an_event_is_named_with_its_sample(precision):
+    """Before events are padded, a row of the arch is one event of one sequence."""
+    tables = {name: {**table, "embedding_dim": 16} for name, table in TINY["features"]["tables"].items()}
+    (history,) = TINY["features"]["sequences"]
+    other = {"name": "carts", "max_length": 4, "fields": [{"name": "cart_category", "table": "category"}]}
+    config = tiny_config(
+        features={**TINY["features"], "tables": tables, "sequences": [history, other]}, train={"precision": precision}
+    )
+    model, batch = rebuild(config, None), random_batch(config.features, 8)
+    batch.dense_BF.zero_()
+    assert batch.sequences["cart_category"].lengths().tolist() != batch.sequences["history_item"].lengths().tolist()
+    ids = batch.sequences["cart_category"]
+    sample = next(b for b in range(1, 8) if ids.lengths()[b] > 1)
+    batch.sequences.values()[:] = 0  # and the one event of another category
+    ids.values()[ids.offsets()[sample] + 1] = 7
+    model.get_parameter("embeddings.ec.embeddings.category.weight").data[7] = math.nan
+    places = dict(place.split(": ") for place in not_finite(config, model, batch) if place.startswith("output of"))
+    events = f"rows {sample} (event 1)"
+    for name in ("events.project.by_table.category", "events.project"):
+        assert places[f"output of dense.arch.{name}"] == events
+    assert places["output of dense.arch.events.unify"] == f"rows {sample}"
 
 
 def test_layers_that_a_run_computes_twice_are_told_once(config):

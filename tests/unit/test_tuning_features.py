@@ -14,6 +14,7 @@ from dlrm_scale.tuning.featurise import Featuriser, record_features
 from dlrm_scale.tuning.model_search import OWN_GROUP, known_runs
 from dlrm_scale.tuning.plans import Plans
 from dlrm_scale.tuning.records import Record
+from tests.support.model_inputs import run_config
 from tests.support.requests import cluster
 from tests.support.tuning import KNOBS, PLANS, tiny_space, tiny_tree
 
@@ -35,6 +36,15 @@ def test_the_dense_arch_is_traced_for_any_batch(plans):
         config.model_copy(update={"train": config.train.model_copy(update={"precision": "bf16"})}), 200
     )
     assert work.activation_bytes == pytest.approx(max(traced.activation_bytes, in_bf16.activation_bytes), rel=1e-6)
+
+
+def test_precisions_in_which_a_gpus_kernel_runs_are_told_apart(plans):
+    """With TF32 it runs in both, without in bf16 alone."""
+    pytest.importorskip("triton")
+    strict = run_config(dim=16, pffn_kernel="auto")
+    tf32 = strict.model_copy(update={"train": strict.train.model_copy(update={"tf32": True})})
+    in_strict, in_tf32 = (plans.dense(config, 200, "cuda").activation_bytes for config in (strict, tf32))
+    assert in_strict > in_tf32
 
 
 def test_the_analytic_step_is_the_sum_of_its_parts(plans):

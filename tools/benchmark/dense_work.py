@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from dlrm_scale.config import RunConfig
 from dlrm_scale.models.dense_trace import Device, count_flops, fake_dense, input_tensors, trace_dense
+from dlrm_scale.models.kernels import with_torch_pffn
 from tools.benchmark.peaks import Peaks
 
 
@@ -37,6 +38,7 @@ class DenseWork:
 
 def count_dense(config: RunConfig, batch_size: int, device: Device) -> DenseWork:
     """By running it on fake tensors: no memory, some seconds. Raises ConfigError: the features do not suit the arch."""
+    config = with_torch_pffn(config)
     trace = trace_dense(config, batch_size, device)
     with fake_dense(config, batch_size, device) as (dense, inputs), _Traffic() as traffic:
         dense(*inputs).sum().backward()
