@@ -49,9 +49,9 @@ class DenseTrace:
 def trace_dense(config: RunConfig, local_batch_size: int, device: Device = "cpu") -> DenseTrace:
     """The forward pass of the dense arch of `config`, with every sequence at its max_length and in one chunk.
 
-    So `activation_bytes` is the largest that a batch can need; shorter sequences save only before they are padded. Weights cast
-    to bf16 are among what is kept. Kernels of our own, which keep less, count where this machine has what compiles them: a C++
-    compiler, and Triton for GPUs.
+    So `activation_bytes` is the largest that a batch can need; shorter sequences save only before they are padded. On a GPU
+    weights cast to bf16 are among what is kept. Kernels of our own, which keep less, count where this machine has what compiles
+    them: a C++ compiler, and Triton for GPUs.
 
     Raises:
         ConfigError: the features do not suit the arch.

@@ -39,15 +39,16 @@ def test_trace_is_that_of_a_real_run(model, precision):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_trace_holds_for_several_chunks(precision):
-    """But for what puts samples in order, and weights that more than one chunk casts."""
+    """But for what puts samples in order."""
     config, batch_size = run_config(precision=precision, dim=16), 4 * CHUNK_SAMPLES
-    assert trace_dense(config, batch_size).activation_bytes == pytest.approx(really_kept(config, batch_size), rel=1e-2)
+    assert trace_dense(config, batch_size).activation_bytes == pytest.approx(really_kept(config, batch_size), rel=3e-3)
 
 
-def test_weights_cast_to_bf16_are_kept():
+def test_weights_cast_to_bf16_are_kept_on_a_gpu_alone():
     config = run_config(arch="dlrm", precision="bf16", top_hidden=[1024, 512])
     weights = sum(p.numel() for p in build_arch(config).parameters() if p.dim() == 2)
-    assert trace_dense(config, 1).activation_bytes == pytest.approx(2 * weights, rel=0.02)
+    assert trace_dense(config, 1, "cuda").activation_bytes == pytest.approx(2 * weights, rel=0.02)
+    assert trace_dense(config, 1, "cpu").activation_bytes < 0.01 * weights
 
 
 @pytest.mark.parametrize("mode", ["int", "s2n", "n2s", "sep", "sole"])
