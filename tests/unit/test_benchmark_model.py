@@ -12,7 +12,8 @@ from dlrm_scale.errors import ConfigError
 from dlrm_scale.models.dense_trace import trace_dense
 from tests.support.model_inputs import FEATURES, run_config, with_checkpointing
 from tools.benchmark.dense_work import DenseWork, count_dense, limits_ms
-from tools.benchmark.model import BASE, add_arguments, cells_of, run, show
+from tools.benchmark.model import add_arguments, run, show
+from tools.benchmark.model_cells import BASE, cells_of
 from tools.benchmark.peaks import GPU_CLASSES, Peaks
 from tools.commands import PLAIN
 

@@ -3,38 +3,20 @@
 import argparse
 import itertools
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from dlrm_scale.allocator import SETTING, VARIABLE
-from dlrm_scale.config import RunConfig
-from dlrm_scale.config_io import apply_override, parse_config, read_tree
-from dlrm_scale.errors import ConfigError
 from dlrm_scale.libraries import loading_libraries
-from tools.benchmark.growth import AXES as GROWTH
-from tools.benchmark.growth import Tree, parse_axes
+from tools.benchmark.model_cells import AXES, BASE, cells_of
 from tools.benchmark.peaks import GPU_CLASSES
 from tools.benchmark.tables import in_digits, table_of
-from tools.benchmark.train import refuse_equal_names
 from tools.commands import positive
 
-BASE = "base"
-PROFILED_STEPS = 5
 LIMITS = ("matrix", "kept", "op\nby op")  # as dense_work.limits_ms gives them
-
-
-def _dim(tree: Tree, size: int) -> None:
-    """Of the tokens and of all tables."""
-    tree["model"]["dim"] = size
-    for table in tree["features"]["tables"].values():
-        table["embedding_dim"] = size
-
-
-AXES = {"dim": _dim, "sequence": GROWTH["sequence"][0], "batch": GROWTH["batch"][0]}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,42 +50,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--expected", nargs="+", choices=sorted(GPU_CLASSES), metavar="GPU",
         help=f"measure nothing, and compute for these classes: {', '.join(GPU_CLASSES)}",
     )  # fmt: skip
-
-
-# ------------------------------------------------------------ what is timed
-@dataclass(frozen=True)
-class Cell:
-    """One variant at one combination of sizes."""
-
-    name: str
-    sizes: dict[str, int]
-    config: RunConfig
-
-    @property
-    def batch_size(self) -> int:
-        return self.config.train.global_batch_size // self.config.train.accumulate_steps
-
-
-def cells_of(args: argparse.Namespace) -> list[list[Cell]]:
-    """By combination of sizes, each with the base first. Raises ConfigError."""
-    variants = [(BASE, []), *((name, changes) for name, *changes in args.variant)]
-    refuse_equal_names([name for name, _ in variants])
-    axes = parse_axes(args.axis, AXES)
-    if empty := [name for name, sizes in axes if not sizes]:
-        raise ConfigError(f"--axis {empty[0]} names no size; give at least one, as --axis {empty[0]} 128")
-    combinations = [
-        dict(zip((n for n, _ in axes), each, strict=True)) for each in itertools.product(*(s for _, s in axes))
-    ]
-    return [[_cell(args, name, changes, sizes) for name, changes in variants] for sizes in combinations]
-
-
-def _cell(args: argparse.Namespace, name: str, changes: Sequence[str], sizes: dict[str, int]) -> Cell:
-    tree = read_tree(args.config, RunConfig, "configuration")
-    for change in (*args.changes, *changes):
-        apply_override(tree, change)
-    for axis, size in sizes.items():  # last: what a row is called, it is
-        AXES[axis](tree, size)
-    return Cell(name, sizes, parse_config(tree, f"{args.config}, {name}"))
 
 
 # ------------------------------------------------------------ measuring
@@ -159,7 +105,7 @@ def show(result: dict[str, Any], console: Console) -> None:
     if result["device"] == "cpu" and VARIABLE not in os.environ:
         console.print(f"note: training keeps freed memory; to do so here too, put in front: {VARIABLE}={SETTING}")
     for name, table in result["costliest"].items():
-        console.print(f"{name}, {PROFILED_STEPS} steps\n{table}")
+        console.print(f"{name}, {table}")
     console.print("next: add --profile, or --expected H200")
 
 

@@ -16,12 +16,12 @@ from dlrm_scale.training.device import check_device, set_product_precision
 from dlrm_scale.training.ranks import this_rank
 from tools.benchmark.bandwidth import finish_of
 from tools.benchmark.dense_work import DenseWork, count_dense, limits_ms
-from tools.benchmark.model import BASE, PROFILED_STEPS, Cell
+from tools.benchmark.model_cells import BASE, Cell
 from tools.benchmark.peaks import GPU_CLASSES, precision_of
 from tools.benchmark.roofline import peak_cases, peaks_of
 from tools.benchmark.timing import Case, spread, time_interleaved
 
-ROWS_OF_PROFILE = 20
+PROFILED_STEPS, ROWS_OF_PROFILE = 5, 20
 
 
 class Built:
@@ -70,7 +70,8 @@ class Built:
                 self.step()
             finish_of(self.device)()
         sort = "self_cuda_time_total" if on_cuda else "self_cpu_time_total"
-        return profiler.key_averages().table(sort_by=sort, row_limit=ROWS_OF_PROFILE, max_name_column_width=50)
+        table = profiler.key_averages().table(sort_by=sort, row_limit=ROWS_OF_PROFILE, max_name_column_width=50)
+        return f"{PROFILED_STEPS} steps\n{table}"
 
 
 def expected(cell: Cell, classes: Sequence[str]) -> list[dict[str, Any]]:
