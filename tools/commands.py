@@ -9,6 +9,7 @@ import argparse
 import importlib
 import json
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 
 from rich.console import Console
@@ -16,6 +17,7 @@ from rich.console import Console
 from dlrm_scale.errors import EXIT_FAILED, EXIT_INTERRUPTED, UserError
 from dlrm_scale.libraries import loading_libraries
 
+HELP_WIDTH = 80
 PLAIN = {"markup": False, "emoji": False, "highlight": False, "soft_wrap": True}  # names may hold brackets
 
 
@@ -45,8 +47,12 @@ def run_tool(
     return result.get("exit_code", 0)
 
 
+def is_positive(text: str) -> bool:
+    return text.isdecimal() and int(text) > 0
+
+
 def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
+    if not is_positive(text):
         raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, but is {text}")
     return int(text)
 
@@ -69,6 +75,7 @@ def build_parser(package: str, about: str, commands: Mapping[str, str], chosen: 
         if name == chosen:
             module = importlib.import_module(f"{package}.{name}")
             module.add_arguments(command)
+            command.description = textwrap.fill(command.description, HELP_WIDTH, break_on_hyphens=False)
             command.add_argument("--json", action="store_true", help="print the result as JSON")
             command.set_defaults(module=module)
     return parser

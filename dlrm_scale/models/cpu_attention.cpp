@@ -172,23 +172,25 @@ struct Head {
     store<false>(grad_qkv + 2 * shape.dim(), stride, grad_v, 1.f);
   }
 
-  // Over the sums of the weights, which then stay as they are.
+  // Flipped as it is; down over the sums of the weights, which then need not be divided by them for the values' gradient.
   void load_gradient(const uint16_t* from, int64_t count) {
     for (int64_t i = 0; i < count; ++i)
-      for (int64_t c = 0; c < wide; c += LANES)
-        store_bf16(grad.row(i) + c, load_columns(from + i * shape.dim(), c) * inverse_sums.row(0)[i]);
+      for (int64_t c = 0; c < wide; c += LANES) store_bf16(grad.row(i) + c, load_columns(from + i * shape.dim(), c));
     grad.clear(count, BLOCK);
-    grad.flip(BLOCK), grad.pack(BLOCK);
+    grad.flip(BLOCK);
+    for (int64_t i = 0; i < count; ++i)
+      for (int64_t c = 0; c < wide; c += LANES) store_bf16(grad.row(i) + c, load_bf16(grad.row(i) + c) * inverse_sums.row(0)[i]);
+    grad.pack(BLOCK);
   }
 
-  // Of a softmax, w / sum: w (g - the sum of w g / sum), g being over the sum.
+  // Of a softmax p, which is w / sum: p (g - the sum of p g).
   void scores_gradient(int64_t column) {
     const float* g = grad_p_t.row(0) + column;
-    Vec dots = {};
+    Vec dots = {}, inverse = at(inverse_sums.row(0) + column);
     for (int64_t j = 0; j < n; ++j) dots += load_bf16(weights_t.row(j) + column) * at(g + j * BLOCK);
-    dots *= at(inverse_sums.row(0) + column);
+    dots *= inverse;
     for (int64_t j = 0; j < n; j += 2) {
-      auto gradient = [&](int64_t key) { return load_bf16(weights_t.row(key) + column) * (at(g + key * BLOCK) - dots); };
+      auto gradient = [&](int64_t key) { return load_bf16(weights_t.row(key) + column) * inverse * (at(g + key * BLOCK) - dots); };
       store_pair<true>(grad_s_t, j, column, gradient(j), j + 1 < n ? gradient(j + 1) : Vec{});
     }
   }

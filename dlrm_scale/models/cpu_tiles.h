@@ -42,17 +42,11 @@ int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to;
 
 float as_float(uint32_t bits) { return __builtin_bit_cast(float, bits); }
 
-uint32_t as_bf16(float x) {  // to the nearest, halves to even
-  uint32_t bits = __builtin_bit_cast(uint32_t, x);
-  uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  return x == x ? rounded : 0x7fc0;
-}
-
 Vec load_bf16(const uint16_t* p) {
   return (Vec)(__builtin_convertvector(*reinterpret_cast<const Bf16Vec*>(p), Pairs) << 16);
 }
 
-Bf16Vec as_bf16(const Vec& x) {
+Bf16Vec as_bf16(const Vec& x) {  // to the nearest, halves to even
 #ifdef __AVX512BF16__
   return (Bf16Vec)_mm512_cvtneps_pbh((__m512)x);
 #else

@@ -75,6 +75,7 @@ def _has_compiler() -> bool:
 
 
 def with_torch_pffn(config: RunConfig) -> RunConfig:
+    """On a GPU by PyTorch's operations; a CPU has its own kernel either way."""
     if config.model.arch != "interformer":
         return config
     return config.model_copy(update={"model": config.model.model_copy(update={"pffn_kernel": "torch"})})

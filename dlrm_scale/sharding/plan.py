@@ -6,7 +6,6 @@ for other tables or other ranks is refused with the difference.
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -27,6 +26,7 @@ from dlrm_scale.config import (
 from dlrm_scale.config_io import fingerprint
 from dlrm_scale.errors import PlanError
 from dlrm_scale.strict import Strict
+from dlrm_scale.whole_files import write_whole
 
 DIGEST = "digest"
 BY_ROW = ("row_wise", "table_row_wise", "grid_shard")
@@ -156,9 +156,7 @@ def plan_request(
 def save_plan(plan: Plan, path: str | Path) -> None:
     """As JSON, with the digest of all the rest as its last key."""
     path, tree = Path(path), plan.model_dump(mode="json")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(tree | {DIGEST: _digest(tree)}, indent=1) + "\n")
-    temporary.replace(path)
+    write_whole(path, json.dumps(tree | {DIGEST: _digest(tree)}, indent=1) + "\n")
 
 
 def _digest(tree: dict[str, Any]) -> str:

@@ -24,7 +24,7 @@ from dlrm_scale.errors import (
 )
 from dlrm_scale.libraries import loading_libraries
 from dlrm_scale.overrides import load_tuned
-from dlrm_scale.resilience.orphan import end_with_launcher
+from dlrm_scale.resilience.orphan import end_with_parent
 from dlrm_scale.resilience.preemption import Preemption
 
 OTHERS_FIRST_SECONDS = 10.0
@@ -63,7 +63,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.print_config:
             print(f"# fingerprint {fingerprint(config)}\n{dump_config(config)}", end="")
             return 0
-        end_with_launcher()
+        if "TORCHELASTIC_RUN_ID" in os.environ:  # set by a launcher
+            end_with_parent()
         with preemption:
             with loading_libraries():  # takes seconds, which a wrong key need not wait for
                 from dlrm_scale.training.run import run

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import re
+import shlex
 from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
@@ -179,7 +180,7 @@ def _run_dir(config: RunConfig) -> Path:
 def how_to_go_on(config: RunConfig, run_dir: Path) -> str:
     """What trains on from the newest checkpoint; where {time} names the folder that holds it, the same command begins anew."""
     begins_anew = "{time}" in config.output.dir and "{run}" in config.checkpoint.dir
-    return f"the same command with output.dir={run_dir}" if begins_anew else "the same command"
+    return f"the same command with {shlex.quote(f'output.dir={run_dir}')}" if begins_anew else "the same command"
 
 
 def _plain(config: RunConfig) -> dict[str, Any]:

@@ -85,6 +85,36 @@ def test_ranks_that_die_or_hang_are_reported(monkeypatch):
         run_on_ranks(sleep, (), 2, 2)
 
 
+def tell_pid(tell):
+    tell(os.getpid())
+    time.sleep(60)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's own way")
+def test_ranks_end_with_a_call_that_is_killed():
+    call = (
+        "from tests.integration.test_benchmark_cluster import tell_pid\n"
+        "from tools.benchmark.ranks import run_on_ranks\n"
+        "run_on_ranks(tell_pid, (), 2, 2, told=lambda pid: print(pid, flush=True))"
+    )
+    with subprocess.Popen([sys.executable, "-c", call], cwd=ROOT, stdout=subprocess.PIPE, text=True) as parent:
+        pids = [int(parent.stdout.readline()) for _ in range(2)]
+        assert all(map(_runs, pids))
+        parent.kill()
+    deadline = time.monotonic() + 20
+    while any(map(_runs, pids)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(map(_runs, pids))
+
+
+def _runs(pid: int) -> bool:
+    """A zombie, whose parent is gone and which nobody has waited for, has ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 def test_results_come_by_rank_and_words_as_they_are_said():
     said = []
     assert run_on_ranks(add, (5,), 2, 2, told=said.append) == [5, 6]

@@ -69,8 +69,21 @@ def test_every_axis_is_plotted_by_one_command_and_sizes_that_do_not_fit_are_told
 
 
 def test_sizes_are_those_asked_for(measured):
-    growth.run(arguments(axis=[["batch", "64", "128"], ["rows", "500"]], repeats=1), CONSOLE)
+    growth.run(arguments(axis=[["batch", "64", "128", "64"], ["rows", "500"]], repeats=1), CONSOLE)
     assert measured == ["batch 64", "batch 128", "rows 500"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"axis": [["batch", "²"]]}, "a size is a whole number above 0, but one is '²'"),
+        ({"nproc": 3}, "must be a multiple of"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_a_file_is_written(measured, options, message):
+    with pytest.raises(ConfigError, match=message):
+        growth.run(arguments(**options), CONSOLE)
+    assert measured == [] and not Path("runs").exists()
 
 
 @pytest.mark.parametrize("option", ["out", "html"])

@@ -99,15 +99,22 @@ def test_rows_a_second():
 
 def test_growth_with_sizes():
     speed = {"median": 1_234_567.0, "least": 1_123_456.0, "most": 1_345_678.0}
-    cells = [{"axis": axis, "size": 100_000_000, "does_not_fit": None, "samples_per_s": speed, "host_gb_a_rank": 23.4}
-             for axis in growth.AXES]  # fmt: skip
+    cell = {"size": 100_000_000, "does_not_fit": None, "repeats": 3, "samples_per_s": speed, "host_gb_a_rank": 23.4}
+    cells = [{"axis": axis, **cell} for axis in growth.AXES]
     words = shown(growth.show, {"config": CONFIG, "repeats": 3, "cells": cells, "out": "growth.json", "html": None})
     assert words.count("(1,123,456..1,345,678)") == words.count("23.40") == 4
 
 
 def test_a_single_repeat_has_no_range():
     speed = {"median": 1_234_567.0, "least": 1_234_567.0, "most": 1_234_567.0}
-    cell = {"axis": "rows", "size": 7, "does_not_fit": None, "samples_per_s": speed, "host_gb_a_rank": 23.4}
+    cell = {
+        "axis": "rows",
+        "size": 7,
+        "does_not_fit": None,
+        "repeats": 1,
+        "samples_per_s": speed,
+        "host_gb_a_rank": 23.4,
+    }
     grown = {"config": CONFIG, "repeats": 1, "cells": [cell], "out": "growth.json", "html": None}
     for words in (shown(train.show, trained((train.BASE, "fast"), repeats=1)), shown(growth.show, grown)):
         text = " ".join(words)

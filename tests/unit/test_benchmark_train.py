@@ -139,6 +139,7 @@ def test_variants_differ_from_the_base_in_what_they_name(tmp_path):
     [
         (["a", "train.pipelin=none"], "pipeline"),
         (["a", "launch.num_ranks=two"], "whole number"),
+        (["a", "launch.num_ranks=²"], "whole number"),
         (["a", "launch.num_ranks=3"], "data.lanes"),
         ([BASE], "two variants of the name 'base'"),
     ],

@@ -1,6 +1,7 @@
 """Which folder a run may begin or go on in, and what a run that goes on may change."""
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -130,3 +131,8 @@ def test_a_finished_run_is_known_and_its_record_is_not_lost_or_doubled(tmp_path)
 def test_how_to_go_on_names_the_folder_where_the_same_command_would_make_another(output, checkpoints, told):
     config = tiny_config(output={"dir": output}, checkpoint={"dir": checkpoints})
     assert how_to_go_on(config, Path("runs/tiny/1")) == told
+
+
+def test_how_to_go_on_can_be_pasted_into_a_shell():
+    told = how_to_go_on(tiny_config(output={"dir": "my runs/{time}"}), Path("my runs/1"))
+    assert shlex.split(told)[-1] == "output.dir=my runs/1"

@@ -14,7 +14,6 @@ from dlrm_scale.tuning.trial import short
 from tools.benchmark.ranks import TRAIN_SILENCE_SECONDS, run_on_ranks
 from tools.commands import positive
 
-PRECISIONS = ("fp32", "fp16", "bf16")
 STEPS = 16  # of the training run whose step the exchanges are a share of
 
 
@@ -56,17 +55,19 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 def show(result: dict[str, Any], console: Console) -> None:
     grid = Table(title="one rank's exchanges of a micro-batch, each alone; ms with casts", title_justify="left")
-    for column in ("what", "collective", "MB now", "in", *PRECISIONS):
+    precisions = [p for p in dict.fromkeys(p for row in result["rows"] for p in row["ms"]) if p != "int64"]
+    for column in ("what", "collective", "MB now", "in", *precisions):
         grid.add_column(column, justify="left" if column in ("what", "collective") else "right")
     for row in result["rows"]:
         used = row["used"] or "int64"
-        shown = [f"{row['ms'][p]:.2f}" if p in row["ms"] else "" for p in PRECISIONS]
+        shown = [f"{row['ms'][p]:.2f}" if p in row["ms"] else "" for p in precisions]
         if row["used"] is None:
             shown[0] = f"{row['ms']['int64']:.2f}"
         grid.add_row(row["what"], row["collective"], f"{row['num_bytes'][used] / 1e6:.2f}", used, *shown)
     console.print(grid)
+    count = result["micro_batches"]
     console.print(
-        f"together {result['alone_ms']:.1f} ms in {result['micro_batches']} micro-batch(es), {result['share']:.0%} of a step of "
+        f"together {result['alone_ms']:.1f} ms in {count} micro-batch{'es' * (count != 1)}, {result['share']:.0%} of a step of "
         f"{result['step_ms']:.1f} ms if nothing overlapped them",
         highlight=False,
     )

@@ -16,7 +16,8 @@ from tools.benchmark.peaks import Peaks
 
 @dataclass(frozen=True)
 class DenseWork:
-    """Of one step on a device, sequences at max_length, by PyTorch's own operations (one of our kernels keeps and moves less).
+    """Of one step on a device, sequences at max_length, by PyTorch's own operations, but on a CPU in bf16 by our kernels,
+    where it can compile them: these keep and move less.
 
     forward_flops, backward_flops: that the model asks for, as `count_flops` counts them.
     activation_bytes: that autograd keeps at most at once.

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from dlrm_scale.config import RunConfig
+from dlrm_scale.config import RunConfig, check_num_ranks
 from dlrm_scale.config_io import apply_override, parse_config, read_tree
 from dlrm_scale.errors import ConfigError, NoPlanError
 from dlrm_scale.host import host_bytes
@@ -20,7 +20,7 @@ from tools.benchmark.ranks import NoMemoryError
 from tools.benchmark.tables import counted, table_of, with_range
 from tools.benchmark.train import Variant, measure_here, spread, telling
 from tools.charts import Axis, Dot, chart, page
-from tools.commands import positive
+from tools.commands import is_positive, positive
 
 Tree = dict[str, Any]
 
@@ -152,10 +152,10 @@ def parse_axes(given: Iterable[Sequence[str]], known: Collection[str]) -> list[t
     for name, *sizes in given:
         if name not in known:
             raise ConfigError(f"--axis has no {name!r}; it has {', '.join(known)}")
-        wrong = [size for size in sizes if not size.isdigit() or not int(size)]
+        wrong = [size for size in sizes if not is_positive(size)]
         if wrong:
             raise ConfigError(f"--axis {name}: a size is a whole number above 0, but one is {wrong[0]!r}")
-        found.append((name, tuple(map(int, sizes))))
+        found.append((name, tuple(dict.fromkeys(map(int, sizes)))))
     return found
 
 
@@ -165,6 +165,7 @@ def _variant(args: argparse.Namespace, axis: str, size: int) -> Variant:
         apply_override(tree, change)
     AXES[axis][0](tree, size)
     config = parse_config(tree, f"{args.config} at {axis} {size}")
+    check_num_ranks(config, args.nproc)
     return Variant(f"{axis} {size}", config, args.nproc, args.threads, measure_here)
 
 
@@ -236,7 +237,7 @@ def show(result: dict[str, Any], console: Console) -> None:
     grid = table_of(f"{result['config']}, {counted(repeats, 'repeat')}{medians}", "size", "samples/s", "GB a rank")
     for cell in result["cells"]:
         speed = cell.get("samples_per_s")
-        told = with_range(speed, ",.0f", repeats) if speed else ""
+        told = with_range(speed, ",.0f", cell["repeats"]) if speed else ""
         if cell["does_not_fit"]:
             told += " does not fit"  # it may have, in an earlier repeat
         grid.add_row(cell["axis"], f"{cell['size']:,}", told, f"{cell['host_gb_a_rank']:.2f}" if speed else "")

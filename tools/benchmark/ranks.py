@@ -15,6 +15,7 @@ from typing import Any
 from dlrm_scale.allocator import VARIABLE, keep_freed_memory
 from dlrm_scale.errors import LOST_PEER, SHORT_OF_MEMORY, PeerError, UserError
 from dlrm_scale.libraries import loading_libraries
+from dlrm_scale.resilience.orphan import end_with_parent
 
 SILENCE_SECONDS = 120.0  # loading the libraries takes up to 20 on a busy machine, a call of a benchmark less
 TRAIN_SILENCE_SECONDS = 900.0  # training says nothing while it fills tables, and while an arch is first compiled
@@ -156,6 +157,7 @@ def _distance(what: str | UserError) -> int:
 
 def _serve(pipe: Connection, environment: dict[str, Any], job: bytes) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the one that started these ends them
+    end_with_parent()
     os.environ.update({name: str(value) for name, value in environment.items()})
     try:
         with loading_libraries():

@@ -32,7 +32,7 @@ from dlrm_scale.tuning.trial import short
 from tools.benchmark.peaks import precision_of
 from tools.benchmark.ranks import TRAIN_SILENCE_SECONDS, run_on_ranks
 from tools.benchmark.tables import counted, in_digits, table_of, with_range
-from tools.commands import positive
+from tools.commands import is_positive, positive
 
 if TYPE_CHECKING:
     from tools.benchmark.roofline import Work
@@ -160,7 +160,7 @@ def variant(args: argparse.Namespace, name: str, changes: Sequence[str], **parts
     for change in (*args.changes, *short(args.steps), *changes):
         key, _, value = change.partition("=")
         if key in launch:
-            if not value.isdigit() or not int(value):
+            if not is_positive(value):
                 raise ConfigError(f"{key} must be a whole number, 1 or more, but is {value!r}")
             launch[key] = int(value)
         else:
@@ -355,6 +355,8 @@ def show(result: dict[str, Any], console: Console) -> None:
     next_step = (
         f"open {result['trace']}/*.json in https://ui.perfetto.dev"
         if result["trace"]
+        else "add --trace DIR"
+        if any(name.startswith("without") for name in result["variants"])
         else "add --skip data dense, or --trace DIR"
     )
     console.print(f"next: {next_step}")
