@@ -149,7 +149,9 @@ struct Halves {  // a matrix of bf16; columns in whole LANES
       : columns(columns), across(rows * columns / 2), down(rows * columns / 2), flipped(rows * columns / 2) {}
   uint16_t* row(int64_t i) { return reinterpret_cast<uint16_t*>(across.data()) + i * columns; }
   void load(const uint16_t* from, int64_t rows) { std::memcpy(across.data(), from, rows * columns * 2); }
-  void clear(int64_t from, int64_t to) { std::memset(row(from), 0, (to - from) * columns * 2); }
+  void clear(int64_t from, int64_t to) {
+    if (from < to) std::memset(row(from), 0, (to - from) * columns * 2);
+  }
 
   void pack(int64_t rows) {  // down, from across
     for (int64_t i = 0; i < rows / 2; ++i) {
