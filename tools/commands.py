@@ -17,7 +17,7 @@ from rich.console import Console
 from dlrm_scale.errors import EXIT_FAILED, EXIT_INTERRUPTED, UserError
 from dlrm_scale.libraries import loading_libraries
 
-HELP_WIDTH = 80
+WIDTH = 80
 PLAIN = {"markup": False, "emoji": False, "highlight": False, "soft_wrap": True}  # names may hold brackets
 
 
@@ -45,6 +45,11 @@ def run_tool(
     else:
         args.module.show(result, console)
     return result.get("exit_code", 0)
+
+
+def folded(prose: str) -> str:
+    """Help is shown as it stands, and consoles of the tools fold nothing, so that a command can be copied whole (`PLAIN`)."""
+    return textwrap.fill(prose, WIDTH, break_on_hyphens=False)
 
 
 def is_positive(text: str) -> bool:
@@ -75,7 +80,7 @@ def build_parser(package: str, about: str, commands: Mapping[str, str], chosen: 
         if name == chosen:
             module = importlib.import_module(f"{package}.{name}")
             module.add_arguments(command)
-            command.description = textwrap.fill(command.description, HELP_WIDTH, break_on_hyphens=False)
+            command.description = folded(command.description)
             command.add_argument("--json", action="store_true", help="print the result as JSON")
             command.set_defaults(module=module)
     return parser

@@ -154,9 +154,8 @@ def _too_many_activations(config: RunConfig, plan: Plan, cluster: ClusterSpec) -
     train = config.train
     batch_size = train.global_batch_size // train.accumulate_steps // cluster.num_ranks
     trace = trace_dense(config, batch_size, cluster.device)
-    request = plan_request(
-        config, cluster, trace.num_parameters
-    )  # a plan that is replayed may be of another batch or arch
+    # a plan that is replayed may be of another batch or arch
+    request = plan_request(config, cluster, trace.num_parameters)
     of_dense = dense_bytes(request)
     of_tables = max(sum(n for kind, n in load.device_bytes.items() if kind not in of_dense) for load in plan.ranks)
     held, room = of_tables + sum(of_dense.values()), cluster.table_bytes_per_rank - reserved_bytes(request)

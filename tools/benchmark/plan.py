@@ -16,8 +16,8 @@ from dlrm_scale.sharding.plan import PlanRequest
 from dlrm_scale.sharding.planner import find_plan, prepare
 from tools.benchmark.exact import exact_optimum
 from tools.benchmark.stock import SETTINGS, stock_plan
-from tools.benchmark.tables import folded
 from tools.benchmark.workloads import filled, random_request, stock_options
+from tools.commands import folded
 
 EXACT_SECONDS = 60.0
 

@@ -17,8 +17,8 @@ from dlrm_scale.tuning.plans import Plans
 from dlrm_scale.tuning.predictor import AnalyticPredictor, Measured, NeuralPredictor, Predictor
 from dlrm_scale.tuning.scores import SCORES, scores
 from tools.benchmark.predictor_peers import BoostingPredictor, RidgePredictor
-from tools.benchmark.tables import folded
 from tools.benchmark.tuning_workloads import MeasuredRuns, measured_runs, simulated_workload
+from tools.commands import folded
 
 PREDICTORS: dict[str, Callable[[int], Predictor]] = {
     "analytic": lambda seed: AnalyticPredictor(),

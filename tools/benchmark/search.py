@@ -20,8 +20,8 @@ from dlrm_scale.tuning.searcher import RandomSearcher, Result, Searcher
 from dlrm_scale.tuning.simulator import NOISE
 from dlrm_scale.tuning.space import load_space
 from tools.benchmark.search_peers import AnalyticSearcher, TPESearcher
-from tools.benchmark.tables import folded
 from tools.benchmark.tuning_workloads import of_one_kind, random_space, simulate_points, tight_memory
+from tools.commands import folded
 
 SEARCHERS: dict[str, Callable[[Featuriser, int, int], Searcher]] = {
     "random": lambda f, seed, budget: RandomSearcher(f, seed),

@@ -1,12 +1,11 @@
 """Tables of figures for terminals of 80 columns: titles and names fold where room is short, figures stay whole."""
 
-import textwrap
 from collections.abc import Mapping
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-WIDTH = 80
+from tools.commands import folded
 
 
 def table_of(title: str, *figures: str) -> Table:
@@ -16,11 +15,6 @@ def table_of(title: str, *figures: str) -> Table:
     for figure in figures:
         grid.add_column(figure, justify="right", no_wrap=True)
     return grid
-
-
-def folded(title: str) -> str:
-    """Consoles of the tools fold nothing, so that a line can be copied whole (`tools.commands.PLAIN`)."""
-    return textwrap.fill(title, WIDTH, break_on_hyphens=False)
 
 
 def counted(number: int, thing: str) -> str:
