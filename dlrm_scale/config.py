@@ -218,6 +218,10 @@ class TrainConfig(Strict):
     )
     max_skipped: int = Field(10, ge=0, description="micro-batches in a row that nonfinite=skip drops before it stops")
     all_reduce: AllReduce = AllReduce()
+    index_dedup: bool = Field(
+        False,
+        description="each id of a rank's micro-batch that sequences read from a table is sent, looked up and updated once, however often it is read",
+    )
     sparse: SparseOptimizer = SparseOptimizer()
     dense: DenseOptimizer = DenseOptimizer()
     schedule: Schedule = Schedule()
@@ -318,7 +322,10 @@ class RunConfig(Strict):
                     f"sharding.tables.{name}.types has {', '.join(refused)}, but a sequence reads {name}, and a sequence's table can "
                     f"be sharded only as {', '.join(SEQUENCE_SHARDING_TYPES)}"
                 )
-
+        if self.train.index_dedup and not self.features.sequences:
+            raise ValueError(
+                "train.index_dedup is true, but it is of the ids that sequences read, and features has no sequences; leave it out"
+            )
         if self.train.sparse.stochastic_rounding and all(t.data_type == "fp32" for t in self.features.tables.values()):
             raise ValueError(
                 "train.sparse.stochastic_rounding is true, but all tables are fp32, which are not rounded; set it to false, or data_type: fp16 "

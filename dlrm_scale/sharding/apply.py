@@ -64,18 +64,18 @@ def shard_model(model: nn.Module, plan: Plan, config: RunConfig, device: torch.d
     Raises:
         ConfigError: the device has no such optimizer.
     """
-    all_reduce = config.train.all_reduce
-    prefetch = config.train.pipeline == "prefetch" and device.type == "cuda"
+    train, communication = config.train, config.sharding.communication
+    prefetch = train.pipeline == "prefetch" and device.type == "cuda"
     sharded = DistributedModelParallel(
         model,
         device=device,
         plan=to_torchrec(plan),
-        sharders=make_sharders(config.train.sparse, device.type, config.sharding.communication, prefetch),
+        sharders=make_sharders(train.sparse, device.type, communication, prefetch, train.index_dedup),
         init_parameters=False,
-        data_parallel_wrapper=DefaultDataParallelWrapper(bucket_cap_mb=all_reduce.bucket_mb),
+        data_parallel_wrapper=DefaultDataParallelWrapper(bucket_cap_mb=train.all_reduce.bucket_mb),
     )
-    if all_reduce.precision != "fp32":
-        sharded._dmp_wrapped_module.register_comm_hook(SENT_DTYPES[all_reduce.precision], _average_rounded)
+    if train.all_reduce.precision != "fp32":
+        sharded._dmp_wrapped_module.register_comm_hook(SENT_DTYPES[train.all_reduce.precision], _average_rounded)
     initialise_tables(sharded, plan, config.seed)
     return sharded
 

@@ -11,6 +11,7 @@ from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_qcomm_codecs_registry
 from torchrec.distributed.types import QuantizedCommCodecs
 
+import dlrm_scale.sharding.index_dedup  # noqa: F401  what `use_index_dedup` needs on a CPU
 from dlrm_scale.communication_config import PLAIN, Communication
 from dlrm_scale.config import PLAIN_SPARSE_OPTIMIZERS, SEQUENCE_SHARDING_TYPES, SparseOptimizer
 from dlrm_scale.errors import ConfigError
@@ -59,7 +60,11 @@ def _kernels(sharding_type: str) -> list[str]:
 
 
 def make_sharders(
-    optimizer: SparseOptimizer, device_type: str, communication: Communication = PLAIN, prefetch: bool = False
+    optimizer: SparseOptimizer,
+    device_type: str,
+    communication: Communication = PLAIN,
+    prefetch: bool = False,
+    index_dedup: bool = False,
 ) -> list[BagSharder | SequenceSharder]:
     """`prefetch`: for a pipeline that fills caches ahead. Raises ConfigError for what the device's kernels do not have, or would ignore."""
     if device_type == "cpu" and optimizer.name not in PLAIN_SPARSE_OPTIMIZERS:
@@ -90,7 +95,7 @@ def make_sharders(
     codecs = _codecs(communication)
     return [
         BagSharder(dict(fused), codecs, replicates),
-        SequenceSharder(fused_params=dict(fused), qcomm_codecs_registry=codecs),
+        SequenceSharder(fused_params=dict(fused), qcomm_codecs_registry=codecs, use_index_dedup=index_dedup),
     ]
 
 

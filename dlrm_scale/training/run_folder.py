@@ -26,6 +26,7 @@ MAY_DIFFER = (
         "train.pipeline",
         "train.compile",
         "train.activation_checkpointing",
+        "train.index_dedup",
         "train.all_reduce.bucket_mb",
     ),
     "model.pffn_kernel",
