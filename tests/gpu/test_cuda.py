@@ -16,6 +16,7 @@ from dlrm_scale.sharding.apply import shard_model
 from dlrm_scale.training.clock import STAGES
 from dlrm_scale.training.ranks import this_rank
 from dlrm_scale.training.readers import TrainReader
+from tests.distributed.test_communication import changed
 from tests.distributed.test_guards import bad_batch
 from tests.support.launch import launch
 from tests.support.twin import BAG_TYPES, case_config, compare, global_batches, make_plan
@@ -37,9 +38,11 @@ def one_rank():
     dist.destroy_process_group()
 
 
+@pytest.mark.parametrize("index_dedup", [False, True])
 @pytest.mark.parametrize("bag_type", BAG_TYPES)
-def test_sharded_equals_the_twin(one_rank, bag_type):
+def test_sharded_equals_the_twin(one_rank, bag_type, index_dedup):
     config = case_config(bag_type, "row_wise", {"name": "rowwise_adagrad", "lr": 0.1})
+    config = changed(config, train={"index_dedup": index_dedup})
     worst = compare(config, make_plan(config, 1, 1, "cuda"))
     assert worst.pop("moved") > 1e-3
     assert not {name: diff for name, diff in worst.items() if not diff <= TOLERANCE}
