@@ -76,6 +76,7 @@ def test_sizes_are_those_asked_for(measured):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"axis": [["batch", "64"], ["batch", "128"]]}, "--axis batch is given twice"),
         ({"axis": [["batch", "²"]]}, "a size is a whole number above 0, but one is '²'"),
         ({"nproc": 3}, "must be a multiple of"),
     ],

@@ -58,6 +58,7 @@ def test_every_variant_is_made_at_every_combination_of_sizes(arguments):
     [
         (("--axis", "width", "8"), "--axis has no 'width'; it has dim, sequence, batch"),
         (("--axis", "dim"), "--axis dim names no size"),
+        (("--axis", "dim", "16", "--axis", "dim", "32"), "--axis dim is given twice"),
         (("--variant", BASE, "seed=1"), "two variants of the name 'base'"),
         (("--device", "cpu", "--variant", "fast", "train.tf32=true"), "only CUDA has TF32"),
     ],

@@ -140,23 +140,25 @@ def _limit(e: NoPlanError | NoMemoryError) -> str:
 
 
 def axes_of(args: argparse.Namespace) -> list[tuple[str, tuple[int, ...]]]:
-    """Raises ConfigError: no such axis, or a size that is no number."""
+    """Raises ConfigError: no such axis, one given twice, or a size that is no number."""
     if not args.axis:
         return [(name, sizes) for name, (_, _, sizes) in AXES.items()]
     return [(name, sizes or AXES[name][2]) for name, sizes in parse_axes(args.axis, AXES)]
 
 
 def parse_axes(given: Iterable[Sequence[str]], known: Collection[str]) -> list[tuple[str, tuple[int, ...]]]:
-    """(name, sizes) of each `--axis`. Raises ConfigError: no such axis, or a size that is no number."""
-    found = []
+    """(name, sizes) of each `--axis`. Raises ConfigError: no such axis, one given twice, or a size that is no number."""
+    found: dict[str, tuple[int, ...]] = {}
     for name, *sizes in given:
         if name not in known:
             raise ConfigError(f"--axis has no {name!r}; it has {', '.join(known)}")
+        if name in found:
+            raise ConfigError(f"--axis {name} is given twice; name all of its sizes behind one")
         wrong = [size for size in sizes if not is_positive(size)]
         if wrong:
             raise ConfigError(f"--axis {name}: a size is a whole number above 0, but one is {wrong[0]!r}")
-        found.append((name, tuple(dict.fromkeys(map(int, sizes)))))
-    return found
+        found[name] = tuple(dict.fromkeys(map(int, sizes)))
+    return list(found.items())
 
 
 def _variant(args: argparse.Namespace, axis: str, size: int) -> Variant:
