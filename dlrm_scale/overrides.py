@@ -56,7 +56,8 @@ def load_tuned(path: str | Path, overrides_path: str | Path, overrides: list[str
     """
     file = read_overrides(overrides_path)
     tree = read_tree(path, RunConfig, "configuration")
-    now, then = leaves(parse_config(tree, str(path)).model_dump(mode="json")), leaves(file.made_for.config)
+    base = parse_config(file.made_for.config, str(overrides_path))  # with defaults for keys that are newer than it
+    now, then = (leaves(c.model_dump(mode="json")) for c in (parse_config(tree, str(path)), base))
     keys = [key for key in sorted(set(now) | set(then)) if now.get(key) != then.get(key)]
     if keys:
         lines = [f"{key}: {then.get(key, 'not set')} there, {now.get(key, 'not set')} now" for key in keys]

@@ -16,17 +16,17 @@ import numpy as np
 
 from dlrm_scale.cluster import ClusterSpec
 from dlrm_scale.config import RunConfig, SyntheticSource
-from dlrm_scale.sharding.cost import plain_all_reduce_ms
+from dlrm_scale.sharding.cost import SENT_BYTES, plain_all_reduce_ms
 from dlrm_scale.sharding.groups import SHARDING_TYPES
 from dlrm_scale.sharding.options import STAGES
 from dlrm_scale.sharding.plan import RankLoad
 from dlrm_scale.tuning.plans import DenseWork, local_batch_size
 
-FEATURE_VERSION = 1
+FEATURE_VERSION = 2
 ARCHS = ("interformer", "dlrm", "dlrm_dcnv2", "logistic")
 # FLOP/s that a dense arch of many small products may reach: guesses, one core and one GPU; the predictor learns what is true
 FLOPS_PER_S = {("cpu", "fp32"): 2e10, ("cpu", "bf16"): 2e10, ("cuda", "fp32"): 3e13, ("cuda", "bf16"): 2e14}
-FLOAT_BYTES = 4
+SWITCHES = ("compile", "activation_checkpointing", "index_dedup", "tf32")  # of `train`, which no other number shows
 
 TERMS = (*STAGES, "dense", "all_reduce")
 EXTRAS = ("micro_batches", "lookup_kernels", "collectives", "local_samples", "local_ids", "dense_parameters")
@@ -55,6 +55,7 @@ _OF_JOB = (
         "inter_bw",
     ),
     *("flops_per_sample", "dense_parameters", "dense_ms", "all_reduce_ms"),
+    *SWITCHES,
     *(f"arch_{arch}" for arch in ARCHS),
 )
 _OF_PLAN = (
@@ -100,6 +101,7 @@ _PLAIN = (
     *(f"tables_{t}" for t in SHARDING_TYPES),
     *(f"ids_{t}" for t in SHARDING_TYPES),
     *(f"arch_{arch}" for arch in ARCHS),
+    *SWITCHES,
     "pipelined",
 )
 _RATIOS = ("local_batch", "local_ids", "imbalance", "longest_stages", "analytic", *(f"share_{t}" for t in TERMS))
@@ -214,7 +216,7 @@ def _table_numbers(config: RunConfig, types: dict[str, str]) -> dict[str, float]
 def _job_numbers(config: RunConfig, cluster: ClusterSpec, work: DenseWork) -> dict[str, float]:
     train, local = config.train, local_batch_size(config, cluster)
     memory = cluster.host_memory_gb_per_s if cluster.device == "cpu" else cluster.hbm_gb_per_s
-    parameters_bytes = work.num_parameters * FLOAT_BYTES
+    gradient_bytes = work.num_parameters * SENT_BYTES[train.all_reduce.precision]
     return {
         "global_batch": train.global_batch_size,
         "accumulate": train.accumulate_steps,
@@ -229,7 +231,8 @@ def _job_numbers(config: RunConfig, cluster: ClusterSpec, work: DenseWork) -> di
         "flops_per_sample": work.flops / local,
         "dense_parameters": work.num_parameters,
         "dense_ms": work.flops / FLOPS_PER_S[cluster.device, train.precision] * 1e3,
-        "all_reduce_ms": plain_all_reduce_ms(parameters_bytes, cluster) if cluster.num_ranks > 1 else 0.0,
+        "all_reduce_ms": plain_all_reduce_ms(gradient_bytes, cluster) if cluster.num_ranks > 1 else 0.0,
+        **{name: float(getattr(train, name)) for name in SWITCHES},
         **{f"arch_{arch}": float(config.model.arch == arch) for arch in ARCHS},
     }
 

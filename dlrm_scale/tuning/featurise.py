@@ -15,7 +15,7 @@ from dlrm_scale.tuning.plans import Plans, local_batch_size
 from dlrm_scale.tuning.records import Record
 from dlrm_scale.tuning.space import Job, Space
 
-# Keys that neither the plan nor the dense trace depends on. Any other is taken to matter, so that a new key is never missed.
+# Keys that neither the plan nor the dense trace depends on. Any other is taken to matter, so that no plan is taken for another key's.
 PLAN_FREE_KEYS = ("train.pipeline", "data.prefetch_batches", "launch.threads_per_rank")
 
 

@@ -143,6 +143,13 @@ def test_guarded_steps_are_bitwise_plain_steps_for_every_type_of_table(four_rank
     assert four_ranks.run(parity, config, make_plan(config, 4, 2)) == [[]] * 4
 
 
+def test_guarded_steps_are_bitwise_plain_steps_of_deduplicated_ids(two_ranks):
+    config = case_config("row_wise", "row_wise", ADAGRAD)
+    train = config.train.model_copy(update={"index_dedup": True, "accumulate_steps": 2})
+    config = config.model_copy(update={"train": train})
+    assert two_ranks.run(parity, config, make_plan(config, 2, 2)) == [[]] * 2
+
+
 @pytest.mark.parametrize("sparse", ["adagrad", "sgd"])
 def test_guarded_steps_are_bitwise_plain_steps_for_other_fused_optimizers(two_ranks, sparse):
     config = case_config("row_wise", "table_wise", {"name": sparse, "lr": 0.1})

@@ -52,6 +52,16 @@ def test_another_configuration_is_refused_with_each_difference(tiny, tuned):
     assert len(lines) == 4 and "tune anew" in lines[-1]
 
 
+def test_a_file_from_before_a_key_was_there_is_taken_with_the_keys_default(tiny, tuned):
+    file = json.loads(tuned.read_text())
+    del file["made_for"]["config"]["train"]["compile"], file["made_for"]["config"]["resilience"]
+    tuned.write_text(json.dumps(file))
+    assert load_tuned(tiny, tuned, []).train.global_batch_size == 128
+    with pytest.raises(ConfigError, match=r"train\.compile: False there, True now"):
+        tiny.write_text(yaml.safe_dump({**TINY, "train": {**TINY["train"], "compile": True}}))
+        load_tuned(tiny, tuned, [])
+
+
 def test_an_override_that_the_configuration_does_not_know_is_named(tiny, tuned):
     file = json.loads(tuned.read_text())
     file["overrides"] = {"train.global_batchsize": 3}

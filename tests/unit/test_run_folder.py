@@ -26,6 +26,13 @@ def begun(tmp_path, **sections) -> RunFolder:
     [
         ({}, []),
         ({"train": {"max_steps": 99, "epochs": 7, "pipeline": "none"}}, []),
+        ({"train": {"compile": True, "activation_checkpointing": True, "index_dedup": True}}, []),
+        ({"train": {"all_reduce": {"bucket_mb": 3}}}, []),
+        ({"train": {"all_reduce": {"precision": "bf16"}}}, ["train.all_reduce.precision: fp32 there, bf16 now"]),
+        (
+            {"sharding": {"communication": {"forward": "bf16"}}},
+            ["sharding.communication.forward: fp32 there, bf16 now"],
+        ),
         ({"log": {"every_steps": 1}, "eval": {"every_steps": 3}, "checkpoint": {"every_steps": 3}}, []),
         ({"sharding": {"tables": {"user": {"types": ["row_wise"]}}}, "data": {"prefetch_batches": 1}}, []),
         ({"train": {"global_batch_size": 128}}, ["train.global_batch_size: 64 there, 128 now"]),

@@ -9,7 +9,7 @@ import pytest
 from dlrm_scale.cluster import Figure
 from dlrm_scale.config_io import parse_config
 from dlrm_scale.models.dense_trace import count_flops, trace_dense
-from dlrm_scale.tuning.features import FLOPS_PER_S, INPUTS, TERMS, FeatureTable, analytic_step_ms
+from dlrm_scale.tuning.features import FLOPS_PER_S, INPUTS, SWITCHES, TERMS, FeatureTable, analytic_step_ms
 from dlrm_scale.tuning.featurise import Featuriser, record_features
 from dlrm_scale.tuning.model_search import OWN_GROUP, known_runs
 from dlrm_scale.tuning.plans import Plans
@@ -137,6 +137,26 @@ def test_batch_and_threads_are_in_the_features(plans):
     point = {"ranks": 1, "batch": 128, "pipeline": "none"}
     one, two = Featuriser(space, plans)([space.point({**point, "threads": n}) for n in (1, 2)]).table.terms_NK
     assert two[TERMS.index("dense")] == one[TERMS.index("dense")] / 2 and one.sum() > two.sum()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *((f"train.{name}", True) for name in SWITCHES if name != "activation_checkpointing"),
+        *(
+            ("train.precision", "bf16"),
+            ("train.all_reduce.precision", "bf16"),
+            ("sharding.communication.forward", "bf16"),
+        ),
+        *(("data.prefetch_batches", 8), ("sharding.objective", "critical_path")),
+    ],
+)
+def test_points_that_differ_in_what_changes_a_steps_time_look_different(plans, key, value):
+    space = tiny_space({"knob": {"kind": "categorical", "key": key, "values": [value]}})
+    there = space.job(space.point({"knob": value}))
+    base = replace(there, config=space.base)
+    one, other = (record_features([record_of(job, plans)], plans).inputs_NF for job in (base, there))
+    assert not np.array_equal(one, other)
 
 
 def test_records_become_known_runs_by_workload(plans):

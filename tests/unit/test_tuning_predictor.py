@@ -10,7 +10,7 @@ from scipy.stats import kendalltau
 from dlrm_scale.errors import ConfigError
 from dlrm_scale.tuning import predictor as module
 from dlrm_scale.tuning.ensemble import Ensemble, Inputs
-from dlrm_scale.tuning.features import EXTRAS, INPUTS, TERMS
+from dlrm_scale.tuning.features import EXTRAS, FEATURE_VERSION, INPUTS, TERMS
 from dlrm_scale.tuning.predictor import Measured, NeuralPredictor
 from tests.support.tuning import random_table, true_step_ms
 
@@ -114,7 +114,7 @@ def test_another_feature_version_or_other_records_are_refused(tmp_path, fitted, 
     with pytest.raises(ConfigError, match="learned from records abc, but these are def"):
         NeuralPredictor.load(path, "def")
     monkeypatch.setattr(module, "FEATURE_VERSION", 99)
-    with pytest.raises(ConfigError, match="feature version 1, but this code has 99"):
+    with pytest.raises(ConfigError, match=f"feature version {FEATURE_VERSION}, but this code has 99"):
         NeuralPredictor.load(path)
 
 
