@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
+EVENTS = "events.jsonl"  # in a run's folder
 Kind = Literal["start", "ready", "progress", "save", "evaluation", "end"]
 
 
@@ -85,6 +86,12 @@ def read_events(path: Path) -> list[Event]:
     """Every whole line; a last one that was cut short by a kill is left out."""
     lines = path.read_text().split("\n")[:-1]
     return [Event(**json.loads(line)) for line in lines]
+
+
+def last_saved_step(run_dir: Path) -> int:
+    """The last step that a save was begun at in the run of that folder; 0 if none was."""
+    path = run_dir / EVENTS
+    return max((e.step for e in read_events(path) if e.kind == "save"), default=0) if path.exists() else 0
 
 
 def goodput(events: Sequence[Event]) -> Goodput:

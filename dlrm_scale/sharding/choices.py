@@ -32,6 +32,8 @@ def table_choices(name: str, request: PlanRequest, widths: ColumnWidths) -> list
     spec = request.tables[name]
     constraint = request.sharding.tables.get(name, FREE)
     types = _types(name, request, constraint, widths)
+    if widths == "all":
+        types = _without_empty_cuts(name, request, types)
     kernels = _kernels(name, request, constraint, widths)
     choices = []
     for sharding_type in types:
@@ -73,6 +75,33 @@ def _types(name: str, request: PlanRequest, constraint: TableSharding, widths: C
     return [t for t in SHARDING_TYPES if t in constraint.types]
 
 
+def empty_cuts(request: PlanRequest, num_rows: int) -> dict[str, int]:
+    """The types that would leave a CPU rank without a row of such a table, and over how many ranks each cuts it.
+
+    FBGEMM 1.8.0 takes a kernel without rows for one of a GPU, and fails on a CPU. Where other tables share the kernel of such a rank it
+    would not, but which do is not known before the plan is; so few rows gain nothing by a cut.
+    """
+    cluster = request.group
+    ranks_of = {
+        "row_wise": cluster.num_ranks,
+        **dict.fromkeys(("table_row_wise", "grid_shard"), cluster.ranks_per_host),
+    }
+    is_empty = {kind: (ranks - 1) * -(-num_rows // ranks) >= num_rows for kind, ranks in ranks_of.items()}
+    return {kind: ranks for kind, ranks in ranks_of.items() if cluster.device == "cpu" and is_empty[kind]}
+
+
+def _without_empty_cuts(name: str, request: PlanRequest, types: list[str]) -> list[str]:
+    num_rows = request.tables[name].num_embeddings
+    empty = empty_cuts(request, num_rows)
+    left = [t for t in types if t not in empty]
+    if types and not left:
+        raise ConfigError(
+            f"sharding.tables.{name}.types leaves {', '.join(f'{t} over {empty[t]} ranks' for t in types)}, but table {name} has {num_rows} rows, "
+            "so that a rank would hold none, which FBGEMM's CPU kernels cannot run; allow table_wise too"
+        )
+    return left
+
+
 def _kernels(
     name: str, request: PlanRequest, constraint: TableSharding, widths: ColumnWidths
 ) -> list[tuple[str, float]]:
@@ -81,6 +110,11 @@ def _kernels(
     of_device = ("fused",) if cluster.device == "cpu" else KERNELS[1:]
     if request.sharding.replica_groups > 1:  # `DMPCollection.sync` averages rows without those that wait in a cache
         of_device = tuple(kernel for kernel in of_device if kernel != "fused_uvm_caching")
+    if constraint.kernels is not None and constraint.types == ("data_parallel",):
+        raise ConfigError(
+            f"sharding.tables.{name}.kernels is {', '.join(constraint.kernels)}, but its types are data_parallel alone, which has a kernel of its "
+            "own; leave kernels out, or allow another type"
+        )
     unknown = [kernel for kernel in constraint.kernels or () if kernel not in of_device]
     if unknown:
         raise ConfigError(

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dlrm_scale.errors import ConfigError
-from dlrm_scale.sharding.choices import Choice, ColumnWidths, table_choices
+from dlrm_scale.sharding.choices import Choice, ColumnWidths, empty_cuts, table_choices
 from dlrm_scale.sharding.cost import replica_sync_ms, shard_ms
 from dlrm_scale.sharding.groups import KERNELS, SHARDING_TYPES, Options, Tables, cut
 from dlrm_scale.sharding.plan import PlanRequest
@@ -25,7 +25,7 @@ class OptionSet:
 
     An option's groups, and the shards in them, are in the order of their place in the table: row blocks from the top,
     column blocks from the left, and for grid_shard all row blocks of the first column block first. A shard may have
-    no rows (row-wise with fewer rows than ranks). data_parallel is one group of num_ranks whole tables.
+    no rows (row-wise with fewer rows than ranks, on CUDA). data_parallel is one group of num_ranks whole tables.
     """
 
     table_names: tuple[str, ...]
@@ -60,7 +60,7 @@ def enumerate_options(request: PlanRequest, column_widths: ColumnWidths = "all")
     only. There are never more column shards than ranks. grid_shard is offered to every bag table that sums where each column block can have a host of its own. Where
     both types are allowed, the one that adds nothing is left out: table_column_wise (column_wise costs the same and may
     be placed the same way), uncut column_wise (table_wise), uncut grid_shard (table_row_wise), and table_row_wise on
-    one host (row_wise).
+    one host (row_wise). On CPUs no type is offered that would leave a rank without a row of the table (`empty_cuts`).
 
     Raises:
         ConfigError: a type or kernel that the collection, the optimizer or the
@@ -117,6 +117,7 @@ def _options(request: PlanRequest, column_widths: ColumnWidths) -> Options:
             spec.pooling,
             spec.data_type,
             request.sharding.tables.get(name),
+            tuple(empty_cuts(request, spec.num_embeddings)),
         )
         if alike not in first_and_count:
             own = table_choices(name, request, column_widths)

@@ -131,12 +131,26 @@ def make_units(request: PlanRequest, cutter: Cutter) -> tuple[Unit, ...]:
             choices = [c for c in choices if c.scope != "host"]
         if not choices or not allowed.any():
             raise NoPlanError(
-                f"no way is left to shard {'tables' if len(group) > 1 else 'table'} {', '.join(group)}: types, kernels, ranks, "
-                "hosts, pin, together and apart in `sharding` leave no option (together means whole tables on one rank: "
-                "table_wise; row_wise and data_parallel need all ranks); allow more types or ranks"
+                f"no way is left to shard {'tables' if len(group) > 1 else 'table'} {', '.join(group)} under {_rules_of(request, group)}: "
+                "together means whole tables on one rank, table_wise; row_wise and data_parallel need all ranks, and table_row_wise and "
+                "grid_shard all of a host; allow more types or ranks"
             )
         units.append(Unit(tables, tuple(choices), allowed, tuple(sorted(apart.get(u, ())))))
     return tuple(units)
+
+
+def _rules_of(request: PlanRequest, names: Sequence[str]) -> str:
+    """What `sharding` says of these tables, as it is set."""
+    said = [
+        f"sharding.tables.{name}.{key}={value}"
+        for name in names
+        if name in request.sharding.tables
+        for key, value in request.sharding.tables[name].model_dump(mode="json", exclude_defaults=True).items()
+    ]
+    for kind in ("together", "apart"):
+        groups = [list(group) for group in getattr(request.sharding, kind) if set(group) & set(names)]
+        said += [f"sharding.{kind}={groups}"] if groups else []
+    return ", ".join(said).replace("'", "") or "no rule of its own"
 
 
 def _choices(request: PlanRequest, cutter: Cutter, tables: tuple[int, ...], names: tuple[str, ...]) -> list[Choice]:
@@ -166,7 +180,7 @@ def _joined(request: PlanRequest, cutter: Cutter, tables: tuple[int, ...], names
     pins = {pin for name in names if (pin := _pin(request, name)) is not None}
     if len(pins) > 1 or any(len(pin) != 1 for pin in pins):
         raise ConfigError(
-            f"sharding.together has tables {', '.join(names)}, but their pins are {sorted(pins)}; pin one of them, to one rank"
+            f"sharding.together has tables {', '.join(names)}, but their pins are {sorted(map(list, pins))}; pin one of them, to one rank"
         )
     by_kernel: list[dict[tuple[str, float], int]] = []
     for table in tables:

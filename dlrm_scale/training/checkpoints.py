@@ -18,7 +18,7 @@ from dlrm_scale.checkpoint.saver import Saver
 from dlrm_scale.checkpoint.tensors import Saved, read_parts, saved_tensors
 from dlrm_scale.config import RunConfig
 from dlrm_scale.config_io import fingerprint
-from dlrm_scale.errors import CheckpointError
+from dlrm_scale.errors import CheckpointError, ConfigError
 from dlrm_scale.sharding.local_tables import set_table_forwards, table_forwards
 from dlrm_scale.sharding.plan import Plan
 from dlrm_scale.training.monitor import Board
@@ -125,12 +125,18 @@ class RunCheckpoints:
 
         Raises:
             CheckpointError: the checkpoint is not of this model or data; all differences are listed.
+            ConfigError: it is of a step behind the last one.
         """
         if self.resumed is None:
             if self.config.checkpoint.warm_start:
                 self._warm_start(trainer)
             return
         manifest, folder = self.resumed, self.folder.path_of(self.resumed.step)
+        if manifest.step > (last := trainer.train_reader.num_steps):
+            raise ConfigError(
+                f"{folder} is of step {manifest.step:,}, but train.max_steps and train.epochs end this run at step {last:,}, so that nothing is "
+                "left to train; raise them, or begin another run: output.dir=runs/another"
+            )
         reader = trainer.train_reader.reader
         if manifest.data_fingerprint != reader.order.identity:
             raise CheckpointError(

@@ -24,7 +24,7 @@ from dlrm_scale.meta import META
 from dlrm_scale.models.dense_trace import trace_dense
 from dlrm_scale.models.ranking_model import build_model
 from dlrm_scale.resilience.account import Account, Attempt, next_attempt
-from dlrm_scale.resilience.goodput import EventLog
+from dlrm_scale.resilience.goodput import EVENTS, EventLog, last_saved_step
 from dlrm_scale.resilience.preemption import Preemption
 from dlrm_scale.resilience.watchdog import Watchdog
 from dlrm_scale.sharding.apply import shard_model
@@ -107,6 +107,11 @@ def prepare(config: RunConfig, rank: Rank, folder: RunFolder) -> Prepared:
     checkpoints = checkpoint_folder(config, str(folder.path))
     if is_local(checkpoints.path):
         folder.hold(Path(checkpoints.path))
+    if (saved := last_saved_step(folder.path)) and not checkpoints.steps():
+        print(
+            f"warning: step {saved:,} was saved here, but {checkpoints.path} holds no checkpoint any more: training begins anew",
+            flush=True,
+        )
     plan = make_plan(config, rank, _newest_plan(checkpoints))
     if warning := _too_many_activations(config, plan, _cluster(config, rank)):
         print(f"warning: {warning}", flush=True)
@@ -310,7 +315,7 @@ def _train_model(job: Job, plan: Plan, checkpoints: RunCheckpoints, board: Board
 
 def open_events(job: Job, attempt: int) -> EventLog:
     """The run's log of events, in a new attempt: the first one of this process began when the process did."""
-    events = EventLog(job.prepared.run_dir / "events.jsonl", attempt)
+    events = EventLog(job.prepared.run_dir / EVENTS, attempt)
     earlier = events.events[-1].time if events.events else 0.0
     events.add("start", at=max(job.started_at, earlier))  # after a rollback in this process: from where it went back
     return events

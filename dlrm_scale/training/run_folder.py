@@ -19,10 +19,12 @@ STARTED = "DLRM_SCALE_STARTED"  # YYYYmmdd-HHMMSS, set by the launcher: {time} i
 LOCK, CONFIG, RECORD, LEFT_OUT = ".lock", "config.yaml", "record.json", "left_out_steps.json"
 # What a resumed run may change: it decides where and how long a run trains, and what it shows, not what it learns from what.
 MAY_DIFFER = (
-    *("device", "sharding", "eval", "log", "checkpoint", "output"),
+    *("device", "sharding", "eval", "log", "checkpoint", "output", "resilience"),
     *(
         "train.max_steps",
         "train.epochs",
+        "train.nonfinite",
+        "train.max_skipped",
         "train.pipeline",
         "train.compile",
         "train.activation_checkpointing",
@@ -30,6 +32,10 @@ MAY_DIFFER = (
         "train.all_reduce.bucket_mb",
     ),
     "model.pffn_kernel",
+    *(
+        "data.source.train.paths",
+        "data.source.eval.paths",
+    ),  # a checkpoint knows its data by its files' names and contents
     *("data.prefetch_batches", "data.max_held_rows", "data.preflight_rows"),
 )
 MUST_AGREE = ("sharding.communication",)  # though it is in one of those

@@ -298,8 +298,10 @@ def test_a_plan_whose_bytes_are_wrong_fails_its_dry_run(folder, tmp_path, capsys
     [
         (["sharding.tables.nope.types=[row_wise]"], 2, ["sharding.tables names table nope", "user, item, tag, click"]),
         (["sharding.apart=[[user, nope]]"], 2, ["sharding.apart names table nope"]),
-        (["sharding.tables.user.pin=[0]", "sharding.tables.tag.pin=[1]", "sharding.together=[[user, tag]]"], 2, ["sharding.together", "(0,), (1,)"]),
+        (["sharding.tables.user.pin=[0]", "sharding.tables.tag.pin=[1]", "sharding.together=[[user, tag]]"], 2, ["sharding.together", "[0], [1]"]),
         (["sharding.tables.user={pin: [0], avoid_ranks: [0]}"], 2, ["pin puts a shard on rank [0]"]),
+        (["sharding.tables.user={types: [data_parallel], kernels: [fused_uvm]}"], 2, ["user.kernels is fused_uvm", "data_parallel alone"]),
+        (["sharding.tables.user={types: [data_parallel], ranks: [0]}"], 1, ["sharding.tables.user.types=[data_parallel], sharding.tables.user.ranks=[0]"]),
         (["sharding.tables.user.pin=[8]"], 2, ["[8]", "0 to 7"]),
         (["sharding.tables.item={types: [column_wise], min_partition: 48}"], 2, ["min_partition is 48", "embedding_dim 64", "take one of"]),
         (["sharding.tables.item={types: [column_wise], min_partition: 30}"], 2, ["min_partition", "multiple of 4", "30"]),

@@ -148,7 +148,7 @@ def test_every_rule_on_places_is_kept(request_26):
         ({"table_0000": {"pin": (3,)}, "table_0001": {"avoid_ranks": (3,)}}, {"together": (("table_0000", "table_0001"),)}, r"pin puts it on rank \[3\], which .* together with it"),
         ({"table_0000": {"pin": (2,)}, "table_0002": {"pin": (2,)}}, {"together": (("table_0000", "table_0001"),), "apart": (("table_0001", "table_0002"),)}, r"both are pinned to rank \[2\]"),
         ({"table_0000": {"pin": (2,)}, "table_0001": {"pin": (2,)}}, {"apart": (("table_0000", "table_0001"),)}, r"both are pinned to rank \[2\]"),
-        ({"table_0000": {"pin": (2,)}, "table_0001": {"pin": (3,)}}, {"together": (("table_0000", "table_0001"),)}, r"their pins are \[\(2,\), \(3,\)\]"),
+        ({"table_0000": {"pin": (2,)}, "table_0001": {"pin": (3,)}}, {"together": (("table_0000", "table_0001"),)}, r"their pins are \[\[2\], \[3\]\]"),
     ],
 )  # fmt: skip
 def test_contradictory_rules_are_refused_with_the_values(request_26, tables, rules, said):
