@@ -5,6 +5,7 @@ python -m tools.replay_batch runs/quickstart/20260102-030405/bad_batches/step_17
 
 import argparse
 import json
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from dlrm_scale.config import RunConfig
 from dlrm_scale.config_io import fingerprint, load_config, parse_config
-from dlrm_scale.errors import DataError, UserError
+from dlrm_scale.errors import ConfigError, UserError
 from dlrm_scale.libraries import loading_libraries
 
 with loading_libraries():
@@ -26,20 +27,26 @@ with loading_libraries():
     from dlrm_scale.models.ranking_model import RankingModel, build_model
     from dlrm_scale.sharding.apply import MODULE_PATHS, fill_shard
     from dlrm_scale.training.bad_batches import load_bad_batch
+    from dlrm_scale.training.checkpoints import checkpoint_folder
+    from dlrm_scale.training.run_folder import differences
+    from tools.checkpoint.export import load_exported
+
+SHOWN_DIFFERENCES = 20
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m tools.replay_batch",
         description="Rebuild the model, unsharded and on the CPU, and run a batch that was not finite through it. "
-        "Exit code 0: all is finite here; 1: something is not, or the file cannot be read.",
+        "Exit code 0: all is finite here; 1: something is not, or a file cannot be used; 2: --config cannot.",
     )
     parser.add_argument("file", type=Path, metavar="FILE", help="a file of a run's bad_batches/")
-    parser.add_argument("--config", help="another configuration than the one in the file")
+    parser.add_argument("--config", help="another configuration than the one in the file, of the same features")
     parser.add_argument(
         "--weights",
         type=Path,
-        help="a plain state dict (.pt, or .safetensors) to run it with; else the initial weights",
+        metavar="FOLDER",
+        help="run it with the weights that `python -m tools.checkpoint export` wrote there; else with the initial ones",
     )
     return parser
 
@@ -48,7 +55,8 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
         saved, batch = load_bad_batch(args.file)
-        config = load_config(args.config) if args.config else parse_config(json.loads(saved["config"]), str(args.file))
+        kept = parse_config(json.loads(saved["config"]), str(args.file))
+        config = load_same_features(args.config, kept, args.file) if args.config else kept
         model = rebuild(config, args.weights)
         found = not_finite(config, model, batch)
     except UserError as e:
@@ -64,44 +72,86 @@ def main(argv: list[str] | None = None) -> int:
     for place in found[1:11]:
         print(f"  then {place}")
     if not found and not args.weights:
-        print("the weights at that step may matter: give them with --weights")
+        print(f"the weights at that step may matter; {commands_with_weights(args, kept, saved['step'])}")
     return 1 if found else 0
 
 
-def rebuild(config: RunConfig, weights: Path | None) -> RankingModel:
-    """The run's model on one CPU process, with its initial weights or those of a file.
+def load_same_features(path: str, kept: RunConfig, file: Path) -> RunConfig:
+    """A configuration that the kept batch is one of too: with other features, the model lacks inputs or drops some.
 
     Raises:
-        DataError: the file holds no state dict of this model.
+        ConfigError: it is not valid, or its features are not those of the kept batch, with each difference.
+    """
+    config = load_config(path)
+    lines = differences(*({"features": c.model_dump(mode="json")["features"]} for c in (kept, config)))
+    if lines:
+        more = [f"... and {len(lines) - SHOWN_DIFFERENCES} more"] if len(lines) > SHOWN_DIFFERENCES else []
+        raise ConfigError(
+            f"--config {path} has other features than the batch in {file} was kept with:\n  "
+            + "\n  ".join(lines[:SHOWN_DIFFERENCES] + more)
+            + "\nleave out --config to replay with the run's own, or give its `features` as they are there; all else may differ"
+        )
+    return config
+
+
+def commands_with_weights(args: argparse.Namespace, kept: RunConfig, step: int) -> str:
+    """What exports the weights nearest to those at that step and replays with them; RUN_DIR where the run's folder is not known."""
+    folder = args.file.parent if args.file.parent.name else args.file.absolute().parent
+    run_dir = str(folder.parent) if folder.name == "bad_batches" else None
+    where, source, output = _nearest_checkpoint(kept, run_dir, step)
+    handlers = [f"--path-handler={handler}" for handler in kept.checkpoint.path_handlers]
+    config = ["--config", args.config] if args.config else []
+    export = ["tools.checkpoint", *handlers, "export", source, "--output", output]
+    replay = ["tools.replay_batch", str(args.file), *config, "--weights", output]
+    return f"with those of {where}: " + " && ".join(shlex.join(["python", "-m", *c]) for c in (export, replay))
+
+
+def _nearest_checkpoint(kept: RunConfig, run_dir: str | None, step: int) -> tuple[str, str, str]:
+    """(what it is, its path, a name for its weights): the last one before the step, else the first after it."""
+    any_of_them = ("a checkpoint of the run", kept.checkpoint.dir.replace("{run}", run_dir or "RUN_DIR"), "weights")
+    if run_dir is None and "{run}" in kept.checkpoint.dir:
+        return any_of_them
+    try:
+        folder = checkpoint_folder(kept, run_dir or "")
+        steps = sorted(folder.steps())
+    except (UserError, OSError):  # its store is not within reach from here: the commands are still those
+        return any_of_them
+    if not steps:
+        return f"a checkpoint ({folder.path} holds none here)", folder.path, "weights"
+    # after so many steps, a checkpoint has the weights that the 0-based step of that number begins with
+    before = [done for done in steps if done <= step]
+    nearest = before[-1] if before else steps[0]
+    which = "the last checkpoint before it" if before else "the first checkpoint after it (none is left from before)"
+    return which, folder.path_of(nearest), f"weights_step_{nearest}"
+
+
+def rebuild(config: RunConfig, weights: Path | None) -> RankingModel:
+    """The run's model on one CPU process, with its initial weights or those of a folder that tools.checkpoint exported.
+
+    Raises:
+        DataError: the folder does not hold this model's weights.
     """
     cpu, config = torch.device("cpu"), _plain(config)
     model = build_model(config, table_device=cpu, dense_device=cpu)
-    for name, table in config.features.tables.items():
-        in_sequence = name in config.features.sequence_tables
-        inner = "embeddings" if in_sequence else "embedding_bags"
-        path = f"{MODULE_PATHS['sequences' if in_sequence else 'bags']}.{inner}.{name}.weight"
-        weight = model.get_parameter(path).data
-        fill_shard(weight, name, 0, 0, table.num_embeddings, table.embedding_dim, config.seed)
+    tables = {name: model.get_parameter(_table_path(config, name)).data for name in config.features.tables}
     if weights is not None:
-        try:
-            model.load_state_dict(_read_weights(weights))
-        except Exception as e:
-            raise DataError(f"{weights} does not hold this model's weights: {e}") from None
+        load_exported(weights, tables, {name: p.data for name, p in model.dense.named_parameters()})
+        return model
+    for name, weight in tables.items():
+        fill_shard(weight, name, 0, 0, *weight.shape, config.seed)
     return model
+
+
+def _table_path(config: RunConfig, table: str) -> str:
+    in_sequence = table in config.features.sequence_tables
+    inner = "embeddings" if in_sequence else "embedding_bags"
+    return f"{MODULE_PATHS['sequences' if in_sequence else 'bags']}.{inner}.{table}.weight"
 
 
 def _plain(config: RunConfig) -> RunConfig:
     """The same model without what only saves time or memory: it may need a GPU or a compiler, or runs layers twice."""
     off = {"compile": False, "activation_checkpointing": False}
     return with_torch_pffn(config).model_copy(update={"train": config.train.model_copy(update=off)})
-
-
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(path)
-    return torch.load(path, weights_only=True, map_location="cpu")
 
 
 def not_finite(config: RunConfig, model: RankingModel, batch: RecBatch) -> list[str]:

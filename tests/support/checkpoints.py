@@ -68,8 +68,14 @@ def stamp(state: ModelState) -> None:
 
 
 def save_stamped(config: RunConfig, plan: Plan, path: str) -> None:
-    state, rank = model_state(config, plan), this_rank("cpu")
+    state = model_state(config, plan)
     stamp(state)
+    save_state(state, config, path)
+
+
+def save_state(state: ModelState, config: RunConfig, path: str) -> None:
+    """As it is, as the checkpoint of step STEP."""
+    rank = this_rank("cpu")
 
     def describe(notes: list[Any], files: dict) -> Manifest:
         return Manifest(
@@ -79,8 +85,8 @@ def save_stamped(config: RunConfig, plan: Plan, path: str) -> None:
             data_fingerprint="",
             world_size=rank.world_size,
             config_fingerprint="",
-            config={},
-            plan=plan.model_dump(mode="json"),
+            config=config.model_dump(mode="json"),
+            plan=state.plan.model_dump(mode="json"),
             versions={},
             time="2026-01-01T00:00:00+00:00",
             column_blocks=state.column_blocks,
