@@ -68,6 +68,23 @@ def test_fp16_tables(two_ranks, bag_type):
     check(two_ranks, config, 2, {"user": bag_type}, tolerance=5e-3)
 
 
+def test_tables_with_fewer_rows_than_ranks(four_ranks):
+    """On the planner's own plan: FBGEMM's CPU kernels fail on a rank that holds no row."""
+    tables = {
+        name: {"num_embeddings": n, "embedding_dim": 8}
+        for name, n in (("user", 3), ("item", 5), ("category", 1), ("tag", 1))
+    }
+    config = tiny_config(
+        features={"tables": tables},
+        train={
+            "sparse": {"name": "rowwise_adagrad", "lr": 0.1},
+            "dense": {"name": "sgd", "lr": 0.1},
+            "schedule": {"warmup_steps": 2},
+        },
+    )
+    check(four_ranks, config, 2, {})
+
+
 def initial_table(config: RunConfig, plan: Plan) -> torch.Tensor:
     sharded = shard_model(
         build_model(config, dense_device=torch.device("cpu")),

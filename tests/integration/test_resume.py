@@ -1,6 +1,7 @@
 """A real job that loses a rank to SIGKILL, and the same command again: the end is that of a job nothing happened to."""
 
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -126,6 +127,22 @@ def test_a_run_older_than_a_setting_resumes(tmp_path):
     went_on = launch(tmp_path, *job, "train.max_steps=8", nproc=None)
     assert went_on.code == 0, went_on.errors
     assert "resumed from" in went_on.output and went_on.records[-1]["num_steps"] == 8
+
+
+def test_a_checkpoint_behind_the_last_step_is_refused_and_lost_ones_are_told(tmp_path):
+    job = ("model={arch: logistic}", "train.accumulate_steps=1", "checkpoint.every_steps=4")
+    assert launch(tmp_path, *job, "train.max_steps=8", nproc=None).code == 0
+    shorter = launch(tmp_path, *job, "train.max_steps=5", nproc=None)
+    assert shorter.code == 2 and len(shorter.records) == 1
+    assert "step_8 is of step 8, but train.max_steps and train.epochs end this run at step 5" in shorter.errors
+
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    anew = launch(
+        tmp_path, *job, "train.max_steps=9", "train.nonfinite=skip", "resilience.watchdog_seconds=400", nproc=None
+    )
+    assert anew.code == 0, anew.errors
+    assert "warning: step 8 was saved here, but" in anew.output and "training begins anew" in anew.output
+    assert anew.records[-1]["num_steps"] == 9
 
 
 def test_the_tool_lists_verifies_and_exports(resumed, tmp_path, capsys):

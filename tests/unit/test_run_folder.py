@@ -28,6 +28,7 @@ def begun(tmp_path, **sections) -> RunFolder:
         ({"train": {"max_steps": 99, "epochs": 7, "pipeline": "none"}}, []),
         ({"train": {"compile": True, "activation_checkpointing": True, "index_dedup": True}}, []),
         ({"train": {"all_reduce": {"bucket_mb": 3}}}, []),
+        ({"train": {"nonfinite": "skip", "max_skipped": 3}, "resilience": {"watchdog_seconds": 7}}, []),
         ({"train": {"all_reduce": {"precision": "bf16"}}}, ["train.all_reduce.precision: fp32 there, bf16 now"]),
         (
             {"sharding": {"communication": {"forward": "bf16"}}},
