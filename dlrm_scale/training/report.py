@@ -63,6 +63,9 @@ def print_end(
             if oracle:
                 table.add_row(f"{label}: oracle", *(_number(oracle[label].get(name)) for name in SHOWN))
         console.print(table)
+        for label, metrics in result.eval_metrics.items():
+            if why := _why_undefined(metrics.get("base_rate", 0.5)):
+                console.print(f"note: {label} has no NE and AUC: {why}", highlight=False, markup=False)
     step_ms = percentiles([ms["step"] for ms in result.step_ms])
     if result.samples_per_second and step_ms:
         stages = ", ".join(f"{s} {_median(result, s):.1f}" for s in STAGES)
@@ -81,6 +84,12 @@ def print_end(
     _print_mended(console, config, "training", result.mended)
     _print_mended(console, config, "held-out", result.eval_mended)
     console.print(f"next: tensorboard --logdir {run_dir}", highlight=False)
+
+
+def _why_undefined(base_rate: float) -> str | None:
+    if math.isnan(base_rate):
+        return "no held-out sample has a weight above 0, or a logit is no number"
+    return f"it is {base_rate:.0f} in all held-out samples" if base_rate in (0, 1) else None
 
 
 def _print_mended(console: Console, config: RunConfig, split: str, mended: dict[str, int]) -> None:

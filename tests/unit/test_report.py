@@ -148,6 +148,16 @@ def test_end_shows_the_model_beside_the_oracle(result):
     assert best.replace("│", " ").split()[2:] == ["0.7891", "0.7656", "0.7500", "0.9984", "0.5156"]
 
 
+@pytest.mark.parametrize(
+    ("base_rate", "said"),
+    [(1.0, "it is 1 in all held-out samples"), (float("nan"), "no held-out sample has a weight above 0"), (0.5, None)],
+)
+def test_end_says_why_there_is_no_auc(base_rate, said):
+    metrics = {"click": {"ne": float("nan"), "auc": float("nan"), "base_rate": base_rate}}
+    text = "\n".join(printed(print_end, tiny_config(), TrainResult(eval_metrics=metrics), None, RUN_DIR, GOODPUT))
+    assert ("click has no NE and AUC" in text) == bool(said) and (said or "") in text
+
+
 def test_end_shows_speed_and_the_commonest_mends(result):
     lines = printed(print_end, tiny_config(), result, None, RUN_DIR, GOODPUT)
     text = "\n".join(lines)
