@@ -51,6 +51,8 @@ def test_what_a_spreadsheet_writes_is_read(tmp_path):
         (f"{HEAD},colour\na,10,8,1,red\n", ["colour", "no such column", "num_features"]),
         (f"{HEAD},name\na,10,8,1,b\n", ["column name stands twice"]),
         ("name,num_embeddings\na,10\n", ["embedding_dim: is required"]),
+        ("name;num_embeddings\na;10\n", ["'name;num_embeddings'", "separate values by commas"]),
+        (f"{HEAD}\na.b,10,8,1\n", ["table a.b", "may not hold a dot"]),
         (f"{HEAD},data_type\na,10,8,1,int8\n", ["data_type", "'fp32'", "'int8'"]),
         (f"{HEAD},collection\na,10,8,1,sequences\nb,10,16,1,sequences\n", ["one embedding_dim", "a: 8", "b: 16"]),
         (f"{HEAD},collection,pooling\na,10,8,1,sequences,mean\n", ["table a", "sequence's table is not pooled"]),

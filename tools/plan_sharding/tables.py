@@ -26,6 +26,8 @@ class TableLine(Strict):
 
     @model_validator(mode="after")
     def _check(self) -> "TableLine":
+        if "." in self.name:
+            raise ValueError("a table's name is part of its parameter's name and may not hold a dot; rename it")
         if self.collection == "sequences" and self.pooling == "mean":
             raise ValueError("pooling is mean, but a sequence's table is not pooled; leave it out")
         return self
@@ -102,6 +104,8 @@ def _read_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
         twice = sorted({column for column in columns if columns.count(column) > 1})
         if twice:
             raise ConfigError(f"{path}: column {', '.join(twice)} stands twice in the header; take one out")
+        if len(columns) == 1 and (";" in columns[0] or "\t" in columns[0]):
+            raise ConfigError(f"{path}: its header is the one column {columns[0]!r}; separate values by commas")
         rows = [(f"line {reader.line_num}", row) for row in reader]
     except OSError as e:
         raise ConfigError(f"cannot read the tables {path}: {e.strerror}") from None
