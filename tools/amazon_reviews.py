@@ -99,6 +99,8 @@ def prepare(source: Path, output: Path, negatives: int, max_history: int, seed: 
 def _read(file: Path, columns: list[str]) -> pa.Table:
     try:
         return pq.read_table(file, columns=columns)
+    except FileNotFoundError:
+        raise DataError(f"{file} is absent; --input names the folder that holds it") from None
     except (OSError, pa.ArrowException) as e:
         raise DataError(f"{file} cannot be read as Parquet with columns {', '.join(columns)}: {e}") from None
 

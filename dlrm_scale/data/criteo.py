@@ -168,7 +168,7 @@ def _explain(file: Path, fault: str) -> str:
         return f"{where}: {shape[1]} tab-separated fields, but Criteo's rows have {len(COLUMNS)} (label, 13 integers, 26 ids)"
     value = re.search(r"column #(\d+): .*invalid value '(.*)'", fault, re.DOTALL)
     if value:
-        return f"{where}: {COLUMNS[int(value[1])]} is {value[2]!r}, but must be an integer, or empty"
+        return f"{where}: {COLUMNS[int(value[1])]} is {value[2]!r}, but must be an integer, or empty{'; Criteo has no header line' if row and row[1] == '1' else ''}"
     return f"{where}: cannot be read as Criteo's TSV: {fault}"
 
 

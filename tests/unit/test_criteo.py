@@ -75,6 +75,10 @@ def test_a_bad_row_is_named(tmp_path, bad, parts):
     assert_refused(tmp_path / "day.tsv", [line(), line(cat_25=""), bad, line()], "row 2 ", *parts)
 
 
+def test_a_header_line_is_told(tmp_path):
+    assert_refused(tmp_path / "day.tsv", ["\t".join(criteo.COLUMNS), line()], "row 0 ", "'label'", "no header line")
+
+
 def test_rows_are_counted_over_the_whole_file(tmp_path):
     lines = [line()] * 30_000  # several of the reader's batches
     with pytest.raises(DataError, match=r"row 29500 .*cat_25 is 'x'"):
