@@ -56,7 +56,12 @@ def load_tuned(path: str | Path, overrides_path: str | Path, overrides: list[str
     """
     file = read_overrides(overrides_path)
     tree = read_tree(path, RunConfig, "configuration")
-    base = parse_config(file.made_for.config, str(overrides_path))  # with defaults for keys that are newer than it
+    try:
+        base = parse_config(file.made_for.config, str(overrides_path))  # with defaults for keys that are newer than it
+    except ConfigError as e:
+        raise ConfigError(
+            f"the configuration that {overrides_path} was made for is none of this version: {e}\ntune anew"
+        ) from None
     now, then = (leaves(c.model_dump(mode="json")) for c in (parse_config(tree, str(path)), base))
     keys = [key for key in sorted(set(now) | set(then)) if now.get(key) != then.get(key)]
     if keys:

@@ -33,7 +33,7 @@ def table_choices(name: str, request: PlanRequest, widths: ColumnWidths) -> list
     constraint = request.sharding.tables.get(name, FREE)
     types = _types(name, request, constraint, widths)
     if widths == "all":
-        types = _without_empty_cuts(name, request, types)
+        types = [t for t in types if t not in empty_cuts(request, spec.num_embeddings)] or types
     kernels = _kernels(name, request, constraint, widths)
     choices = []
     for sharding_type in types:
@@ -75,31 +75,20 @@ def _types(name: str, request: PlanRequest, constraint: TableSharding, widths: C
     return [t for t in SHARDING_TYPES if t in constraint.types]
 
 
-def empty_cuts(request: PlanRequest, num_rows: int) -> dict[str, int]:
-    """The types that would leave a CPU rank without a row of such a table, and over how many ranks each cuts it.
+def empty_cuts(request: PlanRequest, num_rows: int) -> tuple[str, ...]:
+    """The types that would leave a CPU rank without a row of such a table; offered only where no other type is allowed.
 
-    FBGEMM 1.8.0 takes a kernel without rows for one of a GPU, and fails on a CPU. Where other tables share the kernel of such a rank it
-    would not, but which do is not known before the plan is; so few rows gain nothing by a cut.
+    FBGEMM 1.8.0 takes a kernel without any row for one of a GPU and fails on a CPU (see `apply.refuse_empty_kernels`). Another table may share the
+    kernel of such a rank, which is not known before the plan is; and so few rows gain nothing by a cut.
     """
     cluster = request.group
+    if cluster.device != "cpu":
+        return ()
     ranks_of = {
         "row_wise": cluster.num_ranks,
         **dict.fromkeys(("table_row_wise", "grid_shard"), cluster.ranks_per_host),
     }
-    is_empty = {kind: (ranks - 1) * -(-num_rows // ranks) >= num_rows for kind, ranks in ranks_of.items()}
-    return {kind: ranks for kind, ranks in ranks_of.items() if cluster.device == "cpu" and is_empty[kind]}
-
-
-def _without_empty_cuts(name: str, request: PlanRequest, types: list[str]) -> list[str]:
-    num_rows = request.tables[name].num_embeddings
-    empty = empty_cuts(request, num_rows)
-    left = [t for t in types if t not in empty]
-    if types and not left:
-        raise ConfigError(
-            f"sharding.tables.{name}.types leaves {', '.join(f'{t} over {empty[t]} ranks' for t in types)}, but table {name} has {num_rows} rows, "
-            "so that a rank would hold none, which FBGEMM's CPU kernels cannot run; allow table_wise too"
-        )
-    return left
+    return tuple(kind for kind, ranks in ranks_of.items() if (ranks - 1) * -(-num_rows // ranks) >= num_rows)
 
 
 def _kernels(

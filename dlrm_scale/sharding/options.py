@@ -25,7 +25,7 @@ class OptionSet:
 
     An option's groups, and the shards in them, are in the order of their place in the table: row blocks from the top,
     column blocks from the left, and for grid_shard all row blocks of the first column block first. A shard may have
-    no rows (row-wise with fewer rows than ranks, on CUDA). data_parallel is one group of num_ranks whole tables.
+    no rows (row-wise with fewer rows than ranks). data_parallel is one group of num_ranks whole tables.
     """
 
     table_names: tuple[str, ...]
@@ -60,7 +60,7 @@ def enumerate_options(request: PlanRequest, column_widths: ColumnWidths = "all")
     only. There are never more column shards than ranks. grid_shard is offered to every bag table that sums where each column block can have a host of its own. Where
     both types are allowed, the one that adds nothing is left out: table_column_wise (column_wise costs the same and may
     be placed the same way), uncut column_wise (table_wise), uncut grid_shard (table_row_wise), and table_row_wise on
-    one host (row_wise). On CPUs no type is offered that would leave a rank without a row of the table (`empty_cuts`).
+    one host (row_wise). On CPUs a type that would leave a rank without a row of the table is offered only where no other is allowed (`empty_cuts`).
 
     Raises:
         ConfigError: a type or kernel that the collection, the optimizer or the
@@ -117,7 +117,7 @@ def _options(request: PlanRequest, column_widths: ColumnWidths) -> Options:
             spec.pooling,
             spec.data_type,
             request.sharding.tables.get(name),
-            tuple(empty_cuts(request, spec.num_embeddings)),
+            empty_cuts(request, spec.num_embeddings),
         )
         if alike not in first_and_count:
             own = table_choices(name, request, column_widths)

@@ -132,17 +132,17 @@ class RunCheckpoints:
                 self._warm_start(trainer)
             return
         manifest, folder = self.resumed, self.folder.path_of(self.resumed.step)
-        if manifest.step > (last := trainer.train_reader.num_steps):
-            raise ConfigError(
-                f"{folder} is of step {manifest.step:,}, but train.max_steps and train.epochs end this run at step {last:,}, so that nothing is "
-                "left to train; raise them, or begin another run: output.dir=runs/another"
-            )
         reader = trainer.train_reader.reader
         if manifest.data_fingerprint != reader.order.identity:
             raise CheckpointError(
                 f"{folder} was trained on other data ({manifest.data_fingerprint}) than data.source gives now "
                 f"({reader.order.identity}), so its position means nothing here; restore the data, or begin another run "
                 f"from its weights: checkpoint.warm_start={{path: {folder}}} output.dir=..."
+            )
+        if manifest.step > (last := trainer.train_reader.num_steps):
+            raise ConfigError(
+                f"{folder} is of step {manifest.step:,}, but train.max_steps and train.epochs end this run at step {last:,}, so that nothing is "
+                "left to train; raise them, or begin another run: output.dir=runs/another"
             )
         saved = self._saved_tensors(folder, self.folder.files)
         model = ModelState(self.plan, trainer.model, trainer.optimizer)

@@ -109,8 +109,13 @@ def prepare(config: RunConfig, rank: Rank, folder: RunFolder) -> Prepared:
         folder.hold(Path(checkpoints.path))
     if (saved := last_saved_step(folder.path)) and not checkpoints.steps():
         print(
-            f"warning: step {saved:,} was saved here, but {checkpoints.path} holds no checkpoint any more: training begins anew",
+            f"warning: a save of step {saved:,} was begun here, but {checkpoints.path} holds no checkpoint any more: training begins anew",
             flush=True,
+        )
+    if config.train.pipeline == "prefetch" and (steps := folder.left_out()):
+        raise ConfigError(
+            f"train.pipeline is prefetch, but this run leaves out step {', '.join(map(str, sorted(steps)))} (train.nonfinite=rollback), and a micro-batch "
+            "that is dropped would leave its rows locked in FBGEMM's caches; set train.pipeline=sparse_dist"
         )
     plan = make_plan(config, rank, _newest_plan(checkpoints))
     if warning := _too_many_activations(config, plan, _cluster(config, rank)):

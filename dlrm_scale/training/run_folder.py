@@ -32,10 +32,6 @@ MAY_DIFFER = (
         "train.all_reduce.bucket_mb",
     ),
     "model.pffn_kernel",
-    *(
-        "data.source.train.paths",
-        "data.source.eval.paths",
-    ),  # a checkpoint knows its data by its files' names and contents
     *("data.prefetch_batches", "data.max_held_rows", "data.preflight_rows"),
 )
 MUST_AGREE = ("sharding.communication",)  # though it is in one of those

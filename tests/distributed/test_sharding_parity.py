@@ -6,11 +6,14 @@ steps, against 1e-2 that the steps move.
 
 import pytest
 import torch
+from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from dlrm_scale.config import RunConfig
+from dlrm_scale.errors import PlanError
 from dlrm_scale.models.ranking_model import build_model
-from dlrm_scale.sharding.apply import INIT_BLOCK_ROWS, shard_model
+from dlrm_scale.sharding.apply import INIT_BLOCK_ROWS, refuse_empty_kernels, shard_model, to_torchrec
 from dlrm_scale.sharding.plan import Plan
+from dlrm_scale.sharding.sharders import make_sharders
 from tests.support.configs import tiny_config
 from tests.support.twin import BAG_TYPES, case_config, compare, constraint, make_plan
 
@@ -83,6 +86,33 @@ def test_tables_with_fewer_rows_than_ranks(four_ranks):
         },
     )
     check(four_ranks, config, 2, {})
+
+
+def refusals(config: RunConfig, plan: Plan) -> str:
+    cpu = torch.device("cpu")
+    model = DistributedModelParallel(
+        build_model(config, dense_device=cpu),
+        device=cpu,
+        plan=to_torchrec(plan),
+        init_parameters=False,
+        sharders=make_sharders(config.train.sparse, "cpu"),
+    )
+    try:
+        refuse_empty_kernels(model)
+    except PlanError as e:
+        return str(e)
+    return ""
+
+
+def test_a_rank_without_any_row_is_refused_before_its_first_lookup(four_ranks):
+    """Of the sequences' tables: 5 rows do not reach rank 3, where nothing else is; user's 500 share the bags' kernel with tag's one."""
+    sizes = {"user": 500, "item": 5, "category": 5, "tag": 1}
+    tables = {name: {"num_embeddings": n, "embedding_dim": 8} for name, n in sizes.items()}
+    rules = {name: {"types": ["row_wise"]} for name in tables}
+    config = tiny_config(features={"tables": tables}, sharding={"tables": rules})
+    *held, said = four_ranks.run(refusals, config, make_plan(config, 4, 2))
+    assert held == [""] * 3
+    assert "rank 3 would hold no row of table item, category" in said and "types=[table_wise]" in said
 
 
 def initial_table(config: RunConfig, plan: Plan) -> torch.Tensor:

@@ -141,7 +141,7 @@ def test_a_checkpoint_behind_the_last_step_is_refused_and_lost_ones_are_told(tmp
         tmp_path, *job, "train.max_steps=9", "train.nonfinite=skip", "resilience.watchdog_seconds=400", nproc=None
     )
     assert anew.code == 0, anew.errors
-    assert "warning: step 8 was saved here, but" in anew.output and "training begins anew" in anew.output
+    assert "warning: a save of step 8 was begun here, but" in anew.output and "training begins anew" in anew.output
     assert anew.records[-1]["num_steps"] == 9
 
 

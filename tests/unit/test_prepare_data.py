@@ -102,7 +102,7 @@ def test_faults_of_the_user(reviews, tmp_path, capsys):
     assert "test.parquet reviews item i99" in capsys.readouterr().err
     (tmp_path / "reviews/items.parquet").unlink()
     assert prepare_data.main(args) == 1
-    assert "items.parquet" in capsys.readouterr().err
+    assert "items.parquet is absent" in capsys.readouterr().err
     for wrong in (
         ["amazon"],
         [*args, "--negatives", "0"],

@@ -87,6 +87,8 @@ def _fill(what: str, weight: torch.Tensor, saved: Any) -> list[str]:
         return [f"{what} is no tensor"]
     if saved.shape != weight.shape:
         return [f"{what} has the shape {list(saved.shape)}, the model's has {list(weight.shape)}"]
+    if saved.dtype != weight.dtype:
+        return [f"{what} is {saved.dtype}, the model's is {weight.dtype}"]
     weight.copy_(saved)
     return []
 
