@@ -23,6 +23,7 @@ from dlrm_scale.sharding.local_tables import set_table_forwards, table_forwards
 from dlrm_scale.sharding.plan import Plan
 from dlrm_scale.training.monitor import Board
 from dlrm_scale.training.ranks import Rank, from_first_rank
+from dlrm_scale.training.readers import TrainReader
 from dlrm_scale.training.state import ModelState, agree_on_forwards, mismatches, of_ranks
 from dlrm_scale.training.warm_start import apply_rules
 
@@ -120,12 +121,33 @@ class RunCheckpoints:
         self.saver.finish()
         self._show()
 
+    def check_reader(self, reader: TrainReader) -> None:
+        """That the reader can go on where the checkpoint was taken; before the run's folder says that it does.
+
+        Raises:
+            CheckpointError: the checkpoint is of other data.
+            ConfigError: it is of a step behind the reader's last one.
+        """
+        if self.resumed is None:
+            return
+        manifest, folder, identity = self.resumed, self.folder.path_of(self.resumed.step), reader.reader.order.identity
+        if manifest.data_fingerprint != identity:
+            raise CheckpointError(
+                f"{folder} was trained on other data ({manifest.data_fingerprint}) than data.source gives now "
+                f"({identity}), so its position means nothing here; restore the data, or begin another run "
+                f"from its weights: checkpoint.warm_start={{path: {folder}}} output.dir=..."
+            )
+        if manifest.step > reader.num_steps:
+            raise ConfigError(
+                f"{folder} is of step {manifest.step:,}, but train.max_steps and train.epochs end this run at step {reader.num_steps:,}, so that "
+                "nothing is left to train; raise them, or begin another run: output.dir=runs/another"
+            )
+
     def restore(self, trainer: Trainer) -> None:
         """Puts the trainer where the checkpoint was taken, or gives it another run's weights, or leaves it as it is.
 
         Raises:
-            CheckpointError: the checkpoint is not of this model or data; all differences are listed.
-            ConfigError: it is of a step behind the last one.
+            CheckpointError: the checkpoint is not of this model; all differences are listed.
         """
         if self.resumed is None:
             if self.config.checkpoint.warm_start:
@@ -133,17 +155,6 @@ class RunCheckpoints:
             return
         manifest, folder = self.resumed, self.folder.path_of(self.resumed.step)
         reader = trainer.train_reader.reader
-        if manifest.data_fingerprint != reader.order.identity:
-            raise CheckpointError(
-                f"{folder} was trained on other data ({manifest.data_fingerprint}) than data.source gives now "
-                f"({reader.order.identity}), so its position means nothing here; restore the data, or begin another run "
-                f"from its weights: checkpoint.warm_start={{path: {folder}}} output.dir=..."
-            )
-        if manifest.step > (last := trainer.train_reader.num_steps):
-            raise ConfigError(
-                f"{folder} is of step {manifest.step:,}, but train.max_steps and train.epochs end this run at step {last:,}, so that nothing is "
-                "left to train; raise them, or begin another run: output.dir=runs/another"
-            )
         saved = self._saved_tensors(folder, self.folder.files)
         model = ModelState(self.plan, trainer.model, trainer.optimizer)
         of_model = {key: tensor for key, tensor in saved.items() if not of_ranks(key)}

@@ -285,6 +285,7 @@ def _train_model(job: Job, plan: Plan, checkpoints: RunCheckpoints, board: Board
     train_source = open_source(config.data, config.features, "train", config.seed)
     eval_source = open_source(config.data, config.features, "eval", config.seed)
     train_reader = TrainReader(config, rank, train_source, job.preemption)
+    checkpoints.check_reader(train_reader)
     eval_reader = EvalReader(config, rank, eval_source) if eval_source is not None else None
     model = build_model(config, dense_device=rank.device)
     sharded = shard_model(model, plan, config, rank.device)

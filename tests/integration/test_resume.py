@@ -7,6 +7,8 @@ import subprocess
 import time
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -131,10 +133,13 @@ def test_a_run_older_than_a_setting_resumes(tmp_path):
 
 def test_a_checkpoint_behind_the_last_step_is_refused_and_lost_ones_are_told(tmp_path):
     job = ("model={arch: logistic}", "train.accumulate_steps=1", "checkpoint.every_steps=4")
-    assert launch(tmp_path, *job, "train.max_steps=8", nproc=None).code == 0
+    begun = launch(tmp_path, *job, "train.max_steps=8", nproc=None)
+    assert begun.code == 0, begun.errors
+    account = sorted(path.name for path in (begun.run_dir / "account").iterdir())
     shorter = launch(tmp_path, *job, "train.max_steps=5", nproc=None)
     assert shorter.code == 2 and len(shorter.records) == 1
     assert "step_8 is of step 8, but train.max_steps and train.epochs end this run at step 5" in shorter.errors
+    assert sorted(path.name for path in (begun.run_dir / "account").iterdir()) == account  # as no attempt began
 
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     anew = launch(
@@ -143,6 +148,34 @@ def test_a_checkpoint_behind_the_last_step_is_refused_and_lost_ones_are_told(tmp
     assert anew.code == 0, anew.errors
     assert "warning: a save of step 8 was begun here, but" in anew.output and "training begins anew" in anew.output
     assert anew.records[-1]["num_steps"] == 9
+
+
+def write_clicks(file: Path, price: float) -> None:
+    ids = [i % 20 for i in range(640)]
+    lists = [[i] for i in ids]
+    columns = dict.fromkeys(("user", "item", "category", "user_group"), ids)
+    columns |= dict.fromkeys(("tags", "history_item", "history_category"), lists)
+    columns |= {"age": [1.0] * 640, "price": [price] * 640, "click": [i % 2 for i in ids]}
+    pq.write_table(pa.table(columns), file)
+
+
+def test_a_checkpoint_of_other_data_is_refused_before_the_folder_says_that_it_goes_on(tmp_path):
+    clicks = tmp_path / "clicks.parquet"
+    source = f"data.source={{kind: parquet, train: {{paths: [{clicks}]}}}}"
+    job = ("model={arch: logistic}", source, "checkpoint.every_steps=4")
+    write_clicks(clicks, price=1.0)
+    begun = launch(tmp_path, *job, "train.max_steps=8", nproc=None)
+    assert begun.code == 0, begun.errors
+    account = sorted(path.name for path in (begun.run_dir / "account").iterdir())
+
+    write_clicks(clicks, price=2.0)
+    refused = launch(tmp_path, *job, "train.max_steps=9", nproc=None)
+    assert refused.code == 1 and "step_8 was trained on other data" in refused.errors
+    assert sorted(path.name for path in (begun.run_dir / "account").iterdir()) == account
+
+    write_clicks(clicks, price=1.0)
+    went_on = launch(tmp_path, *job, "train.max_steps=9", nproc=None)
+    assert went_on.code == 0 and "resumed from" in went_on.output, went_on.errors
 
 
 def test_the_tool_lists_verifies_and_exports(resumed, tmp_path, capsys):
