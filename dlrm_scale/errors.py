@@ -23,6 +23,12 @@ EXIT_RESUME = 75  # EX_TEMPFAIL: state saved as asked by a signal, start me agai
 EXIT_INTERRUPTED = 130  # Ctrl-C; 128 + n: ended by signal n
 
 
+def first_lines(lines: list[str], most: int) -> str:
+    """Of a list in a message: the first `most`, one below the other and indented, and how many more there are."""
+    more = [f"... and {len(lines) - most} more"] if len(lines) > most else []
+    return "\n  ".join(["", *lines[:most], *more])
+
+
 class UserError(ValueError):
     """A fault that the user can mend; the process ends with `exit_code`."""
 

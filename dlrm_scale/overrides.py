@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError
 
 from dlrm_scale.config import RunConfig
 from dlrm_scale.config_io import apply_override, leaves, parse_config, read_tree, set_value
-from dlrm_scale.errors import ConfigError
+from dlrm_scale.errors import ConfigError, first_lines
 from dlrm_scale.strict import Strict
 
 SHOWN_DIFFERENCES = 12
@@ -66,11 +66,9 @@ def load_tuned(path: str | Path, overrides_path: str | Path, overrides: list[str
     keys = [key for key in sorted(set(now) | set(then)) if now.get(key) != then.get(key)]
     if keys:
         lines = [f"{key}: {then.get(key, 'not set')} there, {now.get(key, 'not set')} now" for key in keys]
-        more = [f"... and {len(lines) - SHOWN_DIFFERENCES} more"] if len(lines) > SHOWN_DIFFERENCES else []
         raise ConfigError(
-            f"{overrides_path} was made for another configuration than {path}:\n  "
-            + "\n  ".join(lines[:SHOWN_DIFFERENCES] + more)
-            + "\ntune anew, or give what should differ on the command line, as section.key=value"
+            f"{overrides_path} was made for another configuration than {path}:{first_lines(lines, SHOWN_DIFFERENCES)}"
+            "\ntune anew, or give what should differ on the command line, as section.key=value"
         )
     for key, value in file.overrides.items():
         set_value(tree, key, value)

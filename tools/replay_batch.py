@@ -13,7 +13,7 @@ from pathlib import Path
 
 from dlrm_scale.config import RunConfig
 from dlrm_scale.config_io import fingerprint, load_config, parse_config
-from dlrm_scale.errors import ConfigError, UserError
+from dlrm_scale.errors import ConfigError, UserError, first_lines
 from dlrm_scale.libraries import loading_libraries
 
 with loading_libraries():
@@ -85,11 +85,9 @@ def load_same_features(path: str, kept: RunConfig, file: Path) -> RunConfig:
     config = load_config(path)
     lines = differences(*({"features": c.model_dump(mode="json")["features"]} for c in (kept, config)))
     if lines:
-        more = [f"... and {len(lines) - SHOWN_DIFFERENCES} more"] if len(lines) > SHOWN_DIFFERENCES else []
         raise ConfigError(
-            f"--config {path} has other features than the batch in {file} was kept with:\n  "
-            + "\n  ".join(lines[:SHOWN_DIFFERENCES] + more)
-            + "\nleave out --config to replay with the run's own, or give its `features` as they are there; all else may differ"
+            f"--config {path} has other features than the batch in {file} was kept with:{first_lines(lines, SHOWN_DIFFERENCES)}"
+            "\nleave out --config to replay with the run's own, or give its `features` as they are there; all else may differ"
         )
     return config
 

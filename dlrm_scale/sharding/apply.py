@@ -5,7 +5,6 @@ import math
 
 import torch
 import torch.distributed as dist
-from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
 from torch import nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed._shard.sharding_spec import EnumerableShardingSpec, ShardMetadata
@@ -13,8 +12,8 @@ from torchrec.distributed.model_parallel import DefaultDataParallelWrapper, Dist
 from torchrec.distributed.types import CacheParams, EmbeddingModuleShardingPlan, ParameterSharding, ShardingPlan
 
 from dlrm_scale.config import RunConfig, SparseOptimizer
-from dlrm_scale.errors import PlanError
 from dlrm_scale.meta import META
+from dlrm_scale.sharding.local_tables import refuse_empty_kernels
 from dlrm_scale.sharding.plan import Plan
 from dlrm_scale.sharding.sharders import make_sharders
 
@@ -78,30 +77,11 @@ def shard_model(model: nn.Module, plan: Plan, config: RunConfig, device: torch.d
         data_parallel_wrapper=DefaultDataParallelWrapper(bucket_cap_mb=train.all_reduce.bucket_mb),
     )
     if device.type == "cpu":
-        refuse_empty_kernels(sharded)
+        refuse_empty_kernels(sharded, dist.get_rank())
     if train.all_reduce.precision != "fp32":
         sharded._dmp_wrapped_module.register_comm_hook(SENT_DTYPES[train.all_reduce.precision], _average_rounded)
     initialise_tables(sharded, plan, config.seed)
     return sharded
-
-
-def refuse_empty_kernels(sharded: ShardedModel) -> None:
-    """FBGEMM 1.8.0 takes a kernel whose tables all have no row on this rank for one of a GPU, and the first lookup on a CPU fails.
-
-    Raises:
-        PlanError: there is such a kernel.
-    """
-    tables = sharded.module.embeddings
-    lookups = [lookup for c in (tables.ebc, tables.ec) if c is not None for lookup in c._lookups]
-    for module in (module for lookup in lookups for module in lookup.modules()):
-        kernel = getattr(module, "emb_module", None)
-        is_fused = isinstance(kernel, SplitTableBatchedEmbeddingBagsCodegen)
-        if is_fused and not any(num_rows for num_rows, *_ in kernel.embedding_specs):
-            names = [table.name for table in module.config.embedding_tables]
-            raise PlanError(
-                f"rank {dist.get_rank()} would hold no row of table {', '.join(names)}, which has fewer rows than are needed to reach all ranks, and "
-                f"FBGEMM's CPU kernels cannot run without one; allow table_wise: sharding.tables.{names[0]}.types=[table_wise]"
-            )
 
 
 def _average_rounded(dtype: torch.dtype, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:

@@ -33,7 +33,8 @@ def table_choices(name: str, request: PlanRequest, widths: ColumnWidths) -> list
     constraint = request.sharding.tables.get(name, FREE)
     types = _types(name, request, constraint, widths)
     if widths == "all":
-        types = [t for t in types if t not in empty_cuts(request, spec.num_embeddings)] or types
+        empty = empty_cuts(request, spec.num_embeddings)
+        types = [t for t in types if t not in empty] or types
     kernels = _kernels(name, request, constraint, widths)
     choices = []
     for sharding_type in types:
@@ -78,7 +79,7 @@ def _types(name: str, request: PlanRequest, constraint: TableSharding, widths: C
 def empty_cuts(request: PlanRequest, num_rows: int) -> tuple[str, ...]:
     """The types that would leave a CPU rank without a row of such a table; offered only where no other type is allowed.
 
-    FBGEMM 1.8.0 takes a kernel without any row for one of a GPU and fails on a CPU (see `apply.refuse_empty_kernels`). Another table may share the
+    FBGEMM 1.8.0 takes a kernel without any row for one of a GPU and fails on a CPU (see `local_tables.refuse_empty_kernels`). Another table may share the
     kernel of such a rank, which is not known before the plan is; and so few rows gain nothing by a cut.
     """
     cluster = request.group

@@ -8,6 +8,8 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBat
 from torch import nn
 from torchrec.optim.fused import FusedOptimizerModule
 
+from dlrm_scale.errors import PlanError
+
 # Optimizer -> its states by FBGEMM's name, and whether they have one number a row (of a shard) or one a weight.
 TABLE_STATES = {
     "rowwise_adagrad": {"sum": "row"},
@@ -48,6 +50,21 @@ def local_shards(model: nn.Module) -> list[LocalShard]:
                 row, column = table.local_metadata.shard_offsets
                 shards.append(LocalShard(table.name, row, column, weight, state))
     return shards
+
+
+def refuse_empty_kernels(model: nn.Module, rank: int) -> None:
+    """FBGEMM 1.8.0 takes a kernel whose tables all have no row on this rank for one of a GPU, and the first lookup on a CPU fails.
+
+    Raises:
+        PlanError: there is such a kernel.
+    """
+    for kernel in _fused_kernels(model):
+        if not any(num_rows for num_rows, *_ in kernel.emb_module.embedding_specs):
+            names = [table.name for table in kernel.config.embedding_tables]
+            raise PlanError(
+                f"rank {rank} would hold no row of table {', '.join(names)}, which has fewer rows than are needed to reach all ranks, and "
+                f"FBGEMM's CPU kernels cannot run without one; allow table_wise: sharding.tables.{names[0]}.types=[table_wise]"
+            )
 
 
 def forget_caches(model: nn.Module) -> None:

@@ -24,7 +24,7 @@ from dlrm_scale.config import (
     check_num_ranks,
 )
 from dlrm_scale.config_io import fingerprint
-from dlrm_scale.errors import PlanError
+from dlrm_scale.errors import PlanError, first_lines
 from dlrm_scale.strict import Strict
 from dlrm_scale.whole_files import write_whole
 
@@ -191,11 +191,9 @@ def load_plan(path: str | Path, request: PlanRequest) -> Plan:
         )
     differences = _differences(plan.request, request)
     if differences:
-        shown = differences[:12] + ([f"... and {len(differences) - 12} more"] if len(differences) > 12 else [])
         raise PlanError(
-            f"{path} was made for another model or cluster:\n  "
-            + "\n  ".join(shown)
-            + "\nplan again (leave sharding.plan out)"
+            f"{path} was made for another model or cluster:{first_lines(differences, 12)}"
+            "\nplan again (leave sharding.plan out)"
         )
     _check_tables(plan, path)
     replicas = [n for n, t in plan.tables.items() if t.sharding_type == "data_parallel"]

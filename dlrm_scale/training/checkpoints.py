@@ -18,7 +18,7 @@ from dlrm_scale.checkpoint.saver import Saver
 from dlrm_scale.checkpoint.tensors import Saved, read_parts, saved_tensors
 from dlrm_scale.config import RunConfig
 from dlrm_scale.config_io import fingerprint
-from dlrm_scale.errors import CheckpointError, ConfigError
+from dlrm_scale.errors import CheckpointError, ConfigError, first_lines
 from dlrm_scale.sharding.local_tables import set_table_forwards, table_forwards
 from dlrm_scale.sharding.plan import Plan
 from dlrm_scale.training.monitor import Board
@@ -220,10 +220,8 @@ class RunCheckpoints:
 def check(faults: list[str], folder: str, way_out: str = "") -> None:
     """Raises CheckpointError that lists the faults, if there are any."""
     if faults:
-        more = [f"... and {len(faults) - SHOWN_MISMATCHES} more"] if len(faults) > SHOWN_MISMATCHES else []
         raise CheckpointError(
-            f"{folder} does not fit this model:\n  "
-            + "\n  ".join(faults[:SHOWN_MISMATCHES] + more)
+            f"{folder} does not fit this model:{first_lines(faults, SHOWN_MISMATCHES)}"
             + (f"\n{way_out}" if way_out else "")
         )
 

@@ -64,7 +64,7 @@ def print_end(
                 table.add_row(f"{label}: oracle", *(_number(oracle[label].get(name)) for name in SHOWN))
         console.print(table)
         for label, metrics in result.eval_metrics.items():
-            if why := _why_undefined(metrics.get("base_rate", 0.5)):
+            if why := _why_undefined(metrics["base_rate"]):
                 console.print(f"note: {label} has no NE and AUC: {why}", highlight=False, markup=False)
     step_ms = percentiles([ms["step"] for ms in result.step_ms])
     if result.samples_per_second and step_ms:

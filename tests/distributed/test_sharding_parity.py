@@ -11,7 +11,8 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from dlrm_scale.config import RunConfig
 from dlrm_scale.errors import PlanError
 from dlrm_scale.models.ranking_model import build_model
-from dlrm_scale.sharding.apply import INIT_BLOCK_ROWS, refuse_empty_kernels, shard_model, to_torchrec
+from dlrm_scale.sharding.apply import INIT_BLOCK_ROWS, shard_model, to_torchrec
+from dlrm_scale.sharding.local_tables import refuse_empty_kernels
 from dlrm_scale.sharding.plan import Plan
 from dlrm_scale.sharding.sharders import make_sharders
 from tests.support.configs import tiny_config
@@ -98,7 +99,7 @@ def refusals(config: RunConfig, plan: Plan) -> str:
         sharders=make_sharders(config.train.sparse, "cpu"),
     )
     try:
-        refuse_empty_kernels(model)
+        refuse_empty_kernels(model, torch.distributed.get_rank())
     except PlanError as e:
         return str(e)
     return ""

@@ -74,7 +74,9 @@ def result() -> TrainResult:
         timed_seconds=4.5,
         step_ms=steps_ms(10.0, 20.0, 30.0),
         losses=[0.7, 0.6],
-        eval_metrics={"click": {"ne": 0.8125, "auc": 0.7344, "calibration": 1.0312, "log_loss": math.nan}},
+        eval_metrics={
+            "click": {"ne": 0.8125, "auc": 0.7344, "calibration": 1.0312, "log_loss": math.nan, "base_rate": 0.25}
+        },
         mended={f"kind_{i}": i for i in range(1, 11)},
     )
 
